@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint figures clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/noisy_preferences.py
+	$(BIN)/python examples/first_look.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2
