@@ -45,6 +45,11 @@ def test_the_code_on_a_page_runs_and_prints_what_it_says(page):
 def test_the_tree_in_the_readme_is_the_tree():
     """Every file of the package stands in the README's picture, and nothing that is not there."""
     tree = re.search(r"```text\nnapo_jax/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    pictured = set(re.findall(r"[\w/]+\.py", tree))
+    pictured, folder = set(), ""
+    for indent, name in re.findall(r"^( +)([\w/.]+) ", tree, re.MULTILINE):
+        if name.endswith("/"):
+            folder = name
+        else:
+            pictured.add(folder + name if len(indent) > 2 else name)
     package = {str(path.relative_to(ROOT / "napo_jax")) for path in (ROOT / "napo_jax").rglob("*.py")}
-    assert pictured == {name for name in package if not name.endswith("/__init__.py")}
+    assert pictured == {name for name in package if not name.endswith("__init__.py")}
