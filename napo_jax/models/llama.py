@@ -1,0 +1,163 @@
+"""The Llama decoder over the streams of a `Layout`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from napo_jax.models.attention import attend
+from napo_jax.models.layout import Layout, rope_tables, rotate
+
+# What the backward pass finds stored of each layer; the rest is computed again.
+REMAT_POLICIES = {
+    "none": None,  # everything is stored
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matrix products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of the decoder; the defaults are Vicuna 7B v1.5."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    mlp_width: int = 11008
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_positions: int = 4096
+
+    def __post_init__(self):
+        """Checks that heads divide."""
+        if self.width % self.heads or self.heads % self.kv_heads:
+            raise ValueError(f"width {self.width}, heads {self.heads} and kv_heads {self.kv_heads} must divide in turn")
+
+    @property
+    def head_width(self) -> int:
+        """The width of one head, K."""
+        return self.width // self.heads
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm with float32 statistics."""
+
+    eps: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps float[..., D] to the same."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Rotary self-attention of all streams."""
+
+    config: LlamaConfig
+    backend: str = "auto"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, tables, layout, prefix_lengths, answer_lengths):
+        """Maps float[B, S, D] to the same."""
+        config = self.config
+
+        def project(heads, name):
+            width = heads * config.head_width
+            y = nn.Dense(width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)
+            return y.reshape(*x.shape[:2], heads, config.head_width)
+
+        q, k = rotate(project(config.heads, "query"), tables), rotate(project(config.kv_heads, "key"), tables)
+        v = project(config.kv_heads, "value")
+        out = attend(q, k, v, layout, prefix_lengths, answer_lengths, self.backend).reshape(x.shape)
+        return nn.Dense(config.width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="out")(out)
+
+
+class Mlp(nn.Module):
+    """The gated SiLU layer."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps float[..., D] to the same."""
+        dense = lambda width, name: nn.Dense(  # noqa: E731
+            width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name
+        )
+        gate, up = dense(self.config.mlp_width, "gate")(x), dense(self.config.mlp_width, "up")(x)
+        return dense(self.config.width, "down")(nn.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and around a residual."""
+
+    config: LlamaConfig
+    backend: str = "auto"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, tables, layout, prefix_lengths, answer_lengths):
+        """Maps float[B, S, D] to (the same, None), as scan wants it."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = RmsNorm(self.config.norm_eps, **types, name="attention_norm")(x)
+        attention = Attention(self.config, self.backend, **types, name="attention")
+        x = x + attention(h, tables, layout, prefix_lengths, answer_lengths)
+        h = RmsNorm(self.config.norm_eps, **types, name="mlp_norm")(x)
+        return x + Mlp(self.config, **types, name="mlp")(h), None
+
+
+class Llama(nn.Module):
+    """The decoder from embeddings to normed hidden states, with the embedding and the head beside it."""
+
+    config: LlamaConfig
+    backend: str = "auto"
+    remat: str = "full"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        """Declares the parameters."""
+        config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        normal = nn.initializers.normal(0.02)
+        self.embedding = self.param("embedding", normal, (config.vocab_size, config.width), self.param_dtype)
+        self.head = self.param("head", normal, (config.width, config.vocab_size), self.param_dtype)
+        layer = DecoderLayer
+        if REMAT_POLICIES[self.remat] is not None:
+            # Scan itself keeps the recomputation apart from the forward pass, so no barrier is needed for that.
+            layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * 4,
+            length=config.layers,
+        )(config, self.backend, **types)
+        self.norm = RmsNorm(config.norm_eps, **types)
+
+    def embed(self, ids):
+        """Looks up int32[...] as float[..., D]."""
+        return self.embedding[ids].astype(self.dtype)
+
+    def __call__(self, embeddings, layout: Layout, prefix_lengths, answer_lengths):
+        """Maps embeddings float[B, S, D] to hidden states, the same shape."""
+        if layout.prefix_tokens + layout.answer_tokens > self.config.max_positions:
+            raise ValueError(
+                f"{layout.prefix_tokens} prefix and {layout.answer_tokens} answer tokens exceed the model's "
+                f"{self.config.max_positions} positions"
+            )
+        tables = rope_tables(layout.positions(prefix_lengths), self.config.head_width, self.config.rope_theta)
+        x, _ = self.layers(embeddings, tables, layout, prefix_lengths, answer_lengths)
+        return self.norm(x)

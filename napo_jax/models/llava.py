@@ -1,0 +1,220 @@
+"""LLaVA-1.5: CLIP features through a projector into the decoder's stream, the prefix shared by all answers."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from napo_jax import logps as log_probs
+from napo_jax.models.attention import BACKENDS
+from napo_jax.models.clip import ClipConfig, ClipTower
+from napo_jax.models.layout import Layout
+from napo_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
+
+# Stands in token ids for one image token each; a picture takes `ClipConfig.image_tokens` of them.
+IMAGE_SLOT = -200
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """Shape of the model and how to compute it."""
+
+    text: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+    vision: ClipConfig = dataclasses.field(default_factory=ClipConfig)
+    # Type of activations and matrix products. Softmax, norm statistics, logits and log-probs are float32 always.
+    dtype: Any = jnp.float32
+    # Type of the parameters.
+    param_dtype: Any = jnp.float32
+    # "auto", "xla", "cudnn" (NVIDIA GPU) or "splash" (TPU); see `napo_jax.models.attention`.
+    attention: str = "auto"
+    # What the decoder stores for the backward pass: "none" recomputes nothing, "dots" a little, "full" each layer.
+    remat: str = "full"
+    # Answer tokens whose logits are held at a time.
+    logits_chunk: int = 64
+    # Whether the vision tower is left out of the gradient, as LLaVA-1.5 and NaPO have it.
+    freeze_vision: bool = True
+
+    def __post_init__(self):
+        """Checks the names."""
+        if self.attention not in BACKENDS:
+            raise ValueError(f"attention must be one of {BACKENDS}, got {self.attention!r}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat must be one of {tuple(REMAT_POLICIES)}, got {self.remat!r}")
+
+    @classmethod
+    def llava7b(cls, **options):
+        """Returns LLaVA-1.5-7B."""
+        return cls(**options)
+
+    @classmethod
+    def llava13b(cls, **options):
+        """Returns LLaVA-1.5-13B."""
+        return cls(text=LlamaConfig(width=5120, mlp_width=13824, layers=40, heads=40, kv_heads=40), **options)
+
+    @classmethod
+    def tiny(cls, **options):
+        """Returns a model of the same kind that trains on a laptop: 16 image tokens, about 0.2M parameters."""
+        text = LlamaConfig(vocab_size=256, width=64, mlp_width=160, layers=2, heads=4, kv_heads=4, max_positions=512)
+        vision = ClipConfig(image_size=32, patch_size=8, width=48, mlp_width=96, layers=3, heads=4)
+        return cls(text=text, vision=vision, **options)
+
+
+class Groups(NamedTuple):
+    """A batch of groups: M prefixes and C answers each, right-padded."""
+
+    images: jax.Array  # float32[B, M, I, I, 3], normalised; several pictures of one prefix as [B, M, n, I, I, 3]
+    prefix_ids: jax.Array  # int32[B, M, P], with IMAGE_SLOT where image tokens go
+    prefix_lengths: jax.Array  # int32[B, M], at least 1
+    answer_ids: jax.Array  # int32[B, C, T], ending in </s>
+    answer_lengths: jax.Array  # int32[B, C], 0 for an answer that is not there
+    token_weights: jax.Array | None = None  # float32[B, C, T], a factor on each token's log-prob
+
+
+class _Projector(nn.Module):
+    width: int
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, features):
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = nn.gelu(nn.Dense(self.width, **types, name="up")(features), approximate=False)
+        return nn.Dense(self.width, **types, name="down")(h)
+
+
+class _Network(nn.Module):
+    """The modules and their names in the parameter tree; `Llava` is the face of it."""
+
+    config: LlavaConfig
+
+    def setup(self):
+        config, types = self.config, {"dtype": self.config.dtype, "param_dtype": self.config.param_dtype}
+        self.vision = ClipTower(config.vision, **types)
+        self.projector = _Projector(config.text.width, **types)
+        self.language = Llama(config.text, config.attention, config.remat, **types)
+
+    def __call__(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, cell_image):
+        """Returns hidden states float[B, M, P, D] and float[B, C, T, D]."""
+        layout = Layout(prefix_ids.shape[2], answer_ids.shape[2], prefix_ids.shape[1], cell_image)
+        with jax.named_scope("vision"):
+            features = self.vision(images.reshape(-1, *images.shape[-3:]))
+            if self.config.freeze_vision:
+                features = jax.lax.stop_gradient(features)
+        with jax.named_scope("projector"):
+            features = self.projector(features)
+            features = features.reshape(*prefix_ids.shape[:2], -1, features.shape[-1])
+        slots = prefix_ids == IMAGE_SLOT
+        words = self.language.embed(jnp.where(slots, 0, prefix_ids))
+        order = jnp.clip(jnp.cumsum(slots, axis=-1) - 1, 0, features.shape[2] - 1)  # which image token fills a slot
+        pictures = jnp.take_along_axis(features, order[..., None], axis=2)
+        prefix = jnp.where(slots[..., None], pictures, words)
+        embeddings = layout.join(prefix, self.language.embed(answer_ids))
+        with jax.named_scope("language"):
+            return layout.split(self.language(embeddings, layout, prefix_lengths, answer_lengths))
+
+
+@dataclasses.dataclass(frozen=True)
+class Llava:
+    """LLaVA as pure functions of a parameter tree, a plain dict of `vision`, `projector` and `language`."""
+
+    config: LlavaConfig = dataclasses.field(default_factory=LlavaConfig)
+
+    def init(self, key):
+        """Draws random parameters; under `jax.eval_shape`, tells their shapes without any memory."""
+        vision = self.config.vision
+        prefix = jnp.full((1, 1, vision.image_tokens), IMAGE_SLOT, jnp.int32)
+        image = jnp.zeros((1, 1, vision.image_size, vision.image_size, 3), jnp.float32)
+        lengths = jnp.ones((1, 1), jnp.int32)
+        return self._network.init(key, image, prefix, lengths, *self._no_answers(1), ())["params"]
+
+    def logits(self, params, input_ids, images):
+        """Computes next-token logits of whole sequences, nothing shared: the yardstick for the rest.
+
+        Args:
+          params: the parameter tree.
+          input_ids: int32[B, S], with IMAGE_SLOT where image tokens go; right-padded, if at all.
+          images: float32[B, I, I, 3], normalised; several pictures a row as [B, n, I, I, 3].
+
+        Returns:
+          float32[B, S, V].
+        """
+        ids = input_ids[:, None]
+        lengths = jnp.full(ids.shape[:2], ids.shape[2], jnp.int32)
+        prefix, _ = self._apply(params, images[:, None], ids, lengths, *self._no_answers(len(ids)), ())
+        head = params["language"]["head"].astype(prefix.dtype)
+        return jnp.einsum("bsd,dv->bsv", prefix[:, 0], head, preferred_element_type=jnp.float32)
+
+    def logps(self, params, groups, cell_image):
+        """Scores all answers of each group, computing each image and question once.
+
+        Args:
+          params: the parameter tree.
+          groups: the batch.
+          cell_image: for each of the C cells, the index of the prefix that it continues; `Objective.cell_image`.
+
+        Returns:
+          Logps(sum, mean), float32[B, C] each, over the answers' tokens and with their weights if there are any.
+        """
+        values = self.token_logps(params, groups, cell_image)
+        return log_probs.over_answers(values, groups.answer_lengths, groups.token_weights)
+
+    def token_logps(self, params, groups, cell_image):
+        """Computes the log-prob of every answer token, float32[B, C, T]; see `logps`."""
+        hidden = self.predictors(params, groups, cell_image)
+        head = params["language"]["head"]
+        with jax.named_scope("logps"):
+            return log_probs.token_logps(hidden, head, groups.answer_ids, chunk=self.config.logits_chunk)
+
+    def token_kl(self, params, reference_params, groups, cell_image):
+        """Computes KL(reference || policy) over the vocabulary at every answer token, float32[B, C, T]."""
+        hidden = self.predictors(params, groups, cell_image)
+        reference = jax.lax.stop_gradient(self.predictors(reference_params, groups, cell_image))
+        heads = params["language"]["head"], jax.lax.stop_gradient(reference_params["language"]["head"])
+        return log_probs.token_kl(hidden, heads[0], reference, heads[1], chunk=self.config.logits_chunk)
+
+    def predictors(self, params, groups, cell_image):
+        """Computes the hidden states that predict the answer tokens, float[B, C, T, D].
+
+        The first token of an answer is predicted by the last token of its prefix, the others by the token before.
+        """
+        check_groups(groups, cell_image, self.config)
+        prefix, answer = self._apply(params, *groups[:5], cell_image)
+        last = jnp.take_along_axis(prefix, groups.prefix_lengths[:, :, None, None] - 1, axis=2)
+        last = last[:, np.array(cell_image)]
+        return jnp.concatenate([last, answer[:, :, :-1]], axis=2)
+
+    @property
+    def _network(self):
+        return _Network(self.config)
+
+    @staticmethod
+    def _no_answers(batch):
+        return jnp.zeros((batch, 0, 0), jnp.int32), jnp.zeros((batch, 0), jnp.int32)
+
+    def _apply(self, params, *args):
+        return self._network.apply({"params": params}, *args)
+
+
+def check_groups(groups, cell_image, config):
+    """Checks that the shapes of a batch belong together; raises a ValueError that says which do not."""
+    batch, prefixes, _ = groups.prefix_ids.shape
+    cells = groups.answer_ids.shape[1]
+    size = config.vision.image_size
+    expected = {
+        "images": ((batch, prefixes), groups.images.shape[:2]),
+        "images' pixels": ((size, size, 3), groups.images.shape[-3:]),
+        "prefix_lengths": ((batch, prefixes), groups.prefix_lengths.shape),
+        "answer_ids": (batch, groups.answer_ids.shape[0]),
+        "answer_lengths": ((batch, cells), groups.answer_lengths.shape),
+        "cell_image": (cells, len(cell_image)),
+    }
+    if groups.token_weights is not None:
+        expected["token_weights"] = (groups.answer_ids.shape, groups.token_weights.shape)
+    for name, (want, got) in expected.items():
+        if want != got:
+            raise ValueError(
+                f"{name}: expected {want}, got {got}, beside prefix_ids of shape {groups.prefix_ids.shape}"
+            )
