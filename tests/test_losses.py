@@ -78,7 +78,7 @@ def test_gradients_by_finite_differences(case):
     with jax.enable_x64(True):
         arguments = [jnp.float64(argument) for argument in arguments]
         options = {"q": float(loss(*arguments)[1]["q"])} if case == "napo_measured" else {}
-        fixed = lambda *policy: loss(*policy, *arguments[count:], **options)[0]  # noqa: E731
+        fixed = lambda *policy: loss(*policy, *arguments[count:], **options)[0]
         check_grads(fixed, arguments[:count], order=2, modes=("fwd", "rev"), rtol=1e-5, atol=1e-6)
         if options:
             measured = jax.grad(lambda *policy: loss(*policy, *arguments[count:])[0].sum())(*arguments[:count])

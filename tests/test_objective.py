@@ -194,7 +194,7 @@ def test_nothing_valid_is_zero():
 
 def test_batch_scope_ignores_how_the_batch_was_cut():
     want_loss, want = napo()(POLICY, REFERENCE)
-    cut = lambda source: {c: tuple(x.reshape(4, 2) for x in pair) for c, pair in source.items()}  # noqa: E731
+    cut = lambda source: {c: tuple(x.reshape(4, 2) for x in pair) for c, pair in source.items()}
     loss, metrics = napo()(cut(POLICY), cut(REFERENCE))
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, want)
@@ -202,7 +202,7 @@ def test_batch_scope_ignores_how_the_batch_was_cut():
 
 def test_microbatch_scope_is_the_mean_of_microbatches():
     objective = dataclasses.replace(napo(), noise_scope="microbatch")
-    cut = lambda source, i=slice(None): {c: tuple(x.reshape(4, 2)[i] for x in pair) for c, pair in source.items()}  # noqa: E731
+    cut = lambda source, i=slice(None): {c: tuple(x.reshape(4, 2)[i] for x in pair) for c, pair in source.items()}
     loss, metrics = objective(cut(POLICY), cut(REFERENCE))
     each = [objective(cut(POLICY, i), cut(REFERENCE, i)) for i in range(4)]
     np.testing.assert_allclose(loss, np.mean([one[0] for one in each]), rtol=1e-6)

@@ -111,7 +111,7 @@ def _xla(q, k, v, layout, prefix_lengths, answer_lengths):
 def _cudnn(q, k, v, layout, prefix_lengths, answer_lengths):
     del answer_lengths
     flash = partial(jax.nn.dot_product_attention, implementation="cudnn")
-    fold = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  one batch axis, as the kernel wants it
+    fold = lambda x: x.reshape(-1, *x.shape[2:])  # one batch axis, as the kernel wants it
     (q_prefix, q_answer), (k_prefix, k_answer), (v_prefix, v_answer) = (layout.split(x) for x in (q, k, v))
     out_prefix = flash(*map(fold, (q_prefix, k_prefix, v_prefix)), is_causal=True).reshape(q_prefix.shape)
     out_answer = jnp.zeros_like(q_answer)

@@ -26,8 +26,23 @@ class ClipConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-def _norm(config, name, dtype, param_dtype):
-    return nn.LayerNorm(epsilon=config.norm_eps, dtype=dtype, param_dtype=param_dtype, name=name)
+class LayerNorm(nn.Module):
+    """Layer norm with float32 statistics, the variance from the centred values."""
+
+    eps: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps float[B, N, D] to the same."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        wide = wide * scale.astype(jnp.float32)[None, None] + bias.astype(jnp.float32)[None, None]
+        return wide.astype(self.dtype)
 
 
 class ClipLayer(nn.Module):
@@ -40,17 +55,17 @@ class ClipLayer(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps float[B, N + 1, D] to the same."""
-        config = self.config
-        dense = lambda width, name: nn.Dense(width, dtype=self.dtype, param_dtype=self.param_dtype, name=name)  # noqa: E731
-        h = _norm(config, "attention_norm", self.dtype, self.param_dtype)(x)
-        split = lambda y: y.reshape(*y.shape[:2], config.heads, config.width // config.heads)  # noqa: E731
-        q, k, v = (split(dense(config.width, name)(h)) for name in ("query", "key", "value"))
+        config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        split = lambda y: y.reshape(*y.shape[:2], config.heads, config.width // config.heads)
+        h = LayerNorm(config.norm_eps, **types, name="attention_norm")(x)
+        q, k, v = (split(nn.Dense(config.width, **types, name=name)(h)) for name in ("query", "key", "value"))
         scores = jnp.einsum("bqhk,bshk->bhqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
         p = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        x = x + dense(config.width, "out")(jnp.einsum("bhqs,bshk->bqhk", p, v).reshape(x.shape))
-        h = _norm(config, "mlp_norm", self.dtype, self.param_dtype)(x)
-        h = dense(config.mlp_width, "up")(h)
-        return x + dense(config.width, "down")(h * jax.nn.sigmoid(1.702 * h))
+        h = jnp.einsum("bhqs,bshk->bqhk", p, v).reshape(x.shape)
+        x = x + nn.Dense(config.width, **types, name="out")(h)
+        h = LayerNorm(config.norm_eps, **types, name="mlp_norm")(x)
+        h = nn.Dense(config.mlp_width, **types, name="up")(h)
+        return x + nn.Dense(config.width, **types, name="down")(h * jax.nn.sigmoid(1.702 * h))
 
 
 class ClipTower(nn.Module):
@@ -68,31 +83,27 @@ class ClipTower(nn.Module):
     def __call__(self, images):
         """Maps normalised images float32[B, I, I, 3] to features float[B, N, D]."""
         config, size = self.config, self.config.patch_size
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         side = config.image_size // size
         if images.shape[1:] != (config.image_size, config.image_size, 3):
-            raise ValueError(
-                f"images have shape {images.shape}, expected [B, {config.image_size}, {config.image_size}, 3]"
-            )
+            expected = ("B", config.image_size, config.image_size, 3)
+            raise ValueError(f"images have shape {images.shape}, expected {expected}")
         patches = images.reshape(-1, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(-1, side * side, size * size * 3).astype(self.dtype)
+        x = nn.Dense(config.width, use_bias=False, **types, name="patch")(patches)
         normal = nn.initializers.normal(0.02)
-        x = nn.Dense(config.width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="patch")(
-            patches
-        )
         first = self.param("class_embedding", normal, (config.width,), self.param_dtype).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, config.width)), x], axis=1)
         position = self.param("position_embedding", normal, (config.image_tokens + 1, config.width), self.param_dtype)
-        x = x + position.astype(self.dtype)[None]
-        x = _norm(config, "pre_norm", self.dtype, self.param_dtype)(x)
-        layer = (config, self.dtype, self.param_dtype)
+        x = LayerNorm(config.norm_eps, **types, name="pre_norm")(x + position.astype(self.dtype)[None])
         x, _ = nn.scan(
-            lambda module, carry, _: (module(carry), None),
+            lambda layer, carry, _: (layer(carry), None),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=config.layers - 1,
-        )(ClipLayer(*layer, name="layers"), x, None)
+        )(ClipLayer(config, **types, name="layers"), x, None)
         if self.is_initializing():
-            _Unused(*layer, name="unused")(x)
+            _Unused(config, **types, name="unused")(x)
         return x[:, 1:]
 
 
@@ -103,5 +114,6 @@ class _Unused(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = ClipLayer(self.config, self.dtype, self.param_dtype, name="layer")(x)
-        return _norm(self.config, "post_norm", self.dtype, self.param_dtype)(x)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = ClipLayer(self.config, **types, name="layer")(x)
+        return LayerNorm(self.config.norm_eps, **types, name="post_norm")(x)

@@ -52,11 +52,11 @@ class RmsNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Maps float[..., D] to the same."""
+        """Maps float[B, S, D] to the same."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(self.dtype) * scale.astype(self.dtype)
+        return wide.astype(self.dtype) * scale.astype(self.dtype)[None, None]
 
 
 class Attention(nn.Module):
@@ -92,8 +92,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Maps float[..., D] to the same."""
-        dense = lambda width, name: nn.Dense(  # noqa: E731
+        """Maps float[B, S, D] to the same."""
+        dense = lambda width, name: nn.Dense(
             width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name
         )
         gate, up = dense(self.config.mlp_width, "gate")(x), dense(self.config.mlp_width, "up")(x)
