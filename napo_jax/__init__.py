@@ -8,4 +8,21 @@ from napo_jax.objective import Objective, Term
 
 __version__ = "0.1.0"
 
-__all__ = ["Objective", "Term", "dpo_loss", "napo_loss", "noise_coefficient"]
+__all__ = [
+    "Objective",
+    "Term",
+    "dpo_loss",
+    "export_pretrained",
+    "load_pretrained",
+    "napo_loss",
+    "noise_coefficient",
+]
+
+
+def __getattr__(name):
+    """Imports what needs flax only when it is asked for (PEP 562)."""
+    if name in ("load_pretrained", "export_pretrained"):
+        from napo_jax import weights
+
+        return getattr(weights, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

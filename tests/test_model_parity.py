@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from quick import quick_jit
 from torch_llava import array, clip_layer_params, llama_layer_params, params_of, tiny_config, torch_llava, torch_logits
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -14,7 +15,7 @@ from napo_jax.models.layout import Layout, rope_tables, rotate
 from napo_jax.models.llama import Attention, DecoderLayer, Mlp, RmsNorm
 from napo_jax.models.llava import _Projector
 
-logits = jax.jit(Llava.logits, static_argnums=0)
+logits = quick_jit(Llava.logits, static_argnums=0)
 
 
 def close(got, want, tolerance):

@@ -7,7 +7,7 @@
   such as one answer's keys for another's queries, are not computed.
 """
 
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -70,47 +70,69 @@ def _obstacle(backend, platform, q, layout):
     return None
 
 
-def _softmax(scores, visible):
-    """Returns float32 probabilities; `visible` broadcasts against the scores."""
-    return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
-
-
 def _xla(q, k, v, layout, prefix_lengths, answer_lengths):
     del answer_lengths  # padding comes last in an answer, so causality hides it
-    heads, groups = q.shape[2], k.shape[2]
-    q = q.reshape(*q.shape[:2], groups, heads // groups, q.shape[-1]) * np.float32(q.shape[-1] ** -0.5).astype(q.dtype)
+    heads, groups, width = q.shape[2], k.shape[2], q.shape[3]
+    q = q * np.float32(width**-0.5).astype(q.dtype)
+    q = q.reshape(*q.shape[:2], groups, heads // groups, width)
     (q_prefix, q_answer), (k_prefix, k_answer), (v_prefix, v_answer) = (layout.split(x) for x in (q, k, v))
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    causal = np.tri(layout.prefix_tokens, dtype=bool)[None, None, None, None]
-    p = _softmax(product("bmpgrk,bmsgk->bmgrps", q_prefix, k_prefix), causal).astype(v.dtype)
-    out_prefix = jnp.einsum("bmgrps,bmsgk->bmpgrk", p, v_prefix)
-    out_answer = jnp.zeros_like(q_answer)
-    if layout.cells:
-        own_causal = np.tri(layout.answer_tokens, dtype=bool)[None, None, None, None]
-        own = product("bctgrk,bcsgk->bcgrts", q_answer, k_answer)
-        own = jnp.where(own_causal, own, jnp.finfo(jnp.float32).min)
-        outs = [None] * layout.cells
-        # Cells of one image go together: their queries meet the prefix's keys in one product.
-        for image in sorted(set(layout.cell_image)):
-            cells = np.array([c for c, of in enumerate(layout.cell_image) if of == image])
-            seen = jnp.arange(layout.prefix_tokens)[None] < prefix_lengths[:, image, None]
-            scores = product("bctgrk,bsgk->bcgrts", q_answer[:, cells], k_prefix[:, image])
-            scores = jnp.where(seen[:, None, None, None, None], scores, jnp.finfo(jnp.float32).min)
-            p = jax.nn.softmax(jnp.concatenate([scores, own[:, cells]], axis=-1), axis=-1).astype(v.dtype)
-            on_prefix, on_self = jnp.split(p, [layout.prefix_tokens], axis=-1)
-            out = jnp.einsum("bcgrts,bsgk->bctgrk", on_prefix, v_prefix[:, image])
-            out += jnp.einsum("bcgrts,bcsgk->bctgrk", on_self, v_answer[:, cells])
-            for i, cell in enumerate(cells):
-                outs[cell] = out[:, i]
-        out_answer = jnp.stack(outs, axis=1)
+    # Heads go in front of tokens, so that no array of scores is ever transposed.
+    q_prefix = jnp.einsum("bmpgrk->bmgrpk", q_prefix)
+    k_prefix, v_prefix = (jnp.einsum("bmsgk->bmgsk", x) for x in (k_prefix, v_prefix))
+    scores = _scores("bmgrpk,bmgsk->bmgrps", q_prefix, k_prefix, np.tri(layout.prefix_tokens, dtype=bool))
+    out_prefix = _attention_over([(scores, "bmgrps,bmgsk->bmgrpk", v_prefix)])
+    out_prefix = jnp.einsum("bmgrpk->bmpgrk", out_prefix)
+    if not layout.cells:
+        return out_prefix.reshape(q.shape[0], layout.tokens, heads, width)
+
+    k_answer, v_answer = (jnp.einsum("bcugk->bgcuk", x) for x in (k_answer, v_answer))
+    outs = {}
+    # The cells of one image meet its keys in one product, and its keys are never copied per cell.
+    for image in sorted(set(layout.cell_image)):
+        cells = np.array([cell for cell, its_image in enumerate(layout.cell_image) if its_image == image])
+        queries = jnp.einsum("bctgrk->bgrctk", q_answer[:, cells])
+        seen = (jnp.arange(layout.prefix_tokens)[None] < prefix_lengths[:, image, None])[:, None, None, None, None]
+        on_prefix = _scores("bgrctk,bgsk->bgrcts", queries, k_prefix[:, image], seen)
+        on_itself = _scores(
+            "bgrctk,bgcuk->bgrctu", queries, k_answer[:, :, cells], np.tri(layout.answer_tokens, dtype=bool)
+        )
+        out = _attention_over(
+            [
+                (on_prefix, "bgrcts,bgsk->bgrctk", v_prefix[:, image]),
+                (on_itself, "bgrctu,bgcuk->bgrctk", v_answer[:, :, cells]),
+            ]
+        )
+        outs |= dict(zip(cells, jnp.einsum("bgrctk->cbtgrk", out), strict=True))
+    out_answer = jnp.stack([outs[cell] for cell in range(layout.cells)], axis=1)
     out = layout.join(out_prefix, out_answer)
-    return out.reshape(*out.shape[:2], heads, out.shape[-1])
+    return out.reshape(*out.shape[:2], heads, width)
+
+
+def _scores(product, q, k, visible):
+    """Returns float32 scores, the lowest number where the key is not visible."""
+    scores = jnp.einsum(product, q, k, preferred_element_type=jnp.float32)
+    visible = visible.reshape((1,) * (scores.ndim - visible.ndim) + visible.shape)
+    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+
+
+def _attention_over(parts):
+    """Softmax over the last axes of several parts (scores, product with the values, values) taken together.
+
+    The parts are not concatenated, and the sum divides the small result and not the probabilities.
+    """
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s, _, _ in parts]))
+    out = total = 0.0
+    for scores, product, values in parts:
+        weights = jnp.exp(scores - top)
+        total += weights.sum(axis=-1, keepdims=True)
+        out += jnp.einsum(product, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return (out / total).astype(parts[0][2].dtype)
 
 
 def _cudnn(q, k, v, layout, prefix_lengths, answer_lengths):
     del answer_lengths
-    flash = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    flash = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     fold = lambda x: x.reshape(-1, *x.shape[2:])  # one batch axis, as the kernel wants it
     (q_prefix, q_answer), (k_prefix, k_answer), (v_prefix, v_answer) = (layout.split(x) for x in (q, k, v))
     out_prefix = flash(*map(fold, (q_prefix, k_prefix, v_prefix)), is_causal=True).reshape(q_prefix.shape)

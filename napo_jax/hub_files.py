@@ -1,0 +1,356 @@
+"""The files of a Hugging Face checkpoint: config, tokenizer, processor, chat template, safetensors.
+
+Configs are read by explicit code and not by `transformers`, which would import torch where there is one. Where a file
+is silent, the defaults are those of `transformers`; a test compares the two. Tensors are read by plain reads of one at
+a time: a mapped file would count as memory, and a library that loads whole files would hold a second copy of them.
+"""
+
+import json
+import os
+import tempfile
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from napo_jax.models.clip import ClipConfig
+from napo_jax.models.llama import LlamaConfig
+from napo_jax.models.llava import LlavaConfig
+
+DTYPES = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32}  # those of weights
+
+# Our field -> the field in a config.json and what `transformers` takes where a file has none.
+_TEXT_FIELDS = {
+    "vocab_size": ("vocab_size", 32000),
+    "width": ("hidden_size", 4096),
+    "mlp_width": ("intermediate_size", 11008),
+    "layers": ("num_hidden_layers", 32),
+    "heads": ("num_attention_heads", 32),
+    "kv_heads": ("num_key_value_heads", None),  # as many as heads
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "rope_theta": ("rope_theta", 10000.0),
+    "max_positions": ("max_position_embeddings", 2048),
+}
+_VISION_FIELDS = {
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 32),
+    "width": ("hidden_size", 768),
+    "mlp_width": ("intermediate_size", 3072),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "norm_eps": ("layer_norm_eps", 1e-5),
+}
+# What `Llava` computes and no field of ours can change: read, it must be so; written, it is stated.
+_TEXT_FIXED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+_VISION_FIXED = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3}
+_LLAVA_FIXED = {
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+}
+_ORIGINAL_FIXED = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "mm_patch_merge_type": "flat",
+}
+
+# Renders the prompt `llava_v1`. Content may be a string, in which the caller has written <image>, or a list of parts,
+# whose pictures come first, as in training. There is no BOS: whoever tokenises the text adds it.
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- for part in content if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if messages[0]['role'] == 'system' -%}{{ render(messages[0]['content']) }}
+{%- else -%}
+{{ 'A chat between a curious human and an artificial intelligence assistant. ' }}
+{{- "The assistant gives helpful, detailed, and polite answers to the human's questions." }}
+{%- endif -%}
+{{ ' ' }}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{ 'USER: ' + render(message['content']) + ' ' }}
+{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' + render(message['content']) + eos_token }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+
+def padded_rows(vocab_size):
+    """Returns the rows of embedding and head in the llava-hf layout: room for <image> and <pad>, a multiple of 64."""
+    return -(-(vocab_size + 2) // 64) * 64
+
+
+def read_json(file):
+    """Reads a JSON object; a file that is missing or is something else raises one line."""
+    if not file.exists():
+        raise ValueError(f"{file} does not exist; expected it in the folder of a Hugging Face checkpoint")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+
+
+def read_config(folder, vision_tower=None, **options):
+    """Reads config.json of either layout.
+
+    Args:
+      folder: epath.Path of the checkpoint.
+      vision_tower: epath.Path of the CLIP checkpoint that holds the tower, or None.
+      **options: the fields of `LlavaConfig` that say how to compute.
+
+    Returns:
+      The LlavaConfig, with the vocabulary that has a meaning, and the rows that embedding and head have in the files.
+    """
+    whole = read_json(folder / "config.json")
+    original = any(key.startswith("mm_") for key in whole)
+    # The original layout is a LLaMA config with `mm_` fields; its vocabulary has no row for the image.
+    text = whole | {"model_type": "llama"} if original else whole.get("text_config") or {}
+    vision = whole.get("vision_config")
+    if vision_tower is not None:
+        vision = read_json(vision_tower / "config.json")
+        vision = vision.get("vision_config", vision)
+    if not vision:  # no word on the tower means LLaVA-1.5's, openai/clip-vit-large-patch14-336
+        vision = _vision_fields(ClipConfig())
+    text = dict(_TEXT_FIELDS.values()) | text
+    vision = dict(_VISION_FIELDS.values()) | vision
+
+    ropes = [text.get(name) or {} for name in ("rope_parameters", "rope_scaling")]  # of versions 5 and 4
+    rope_types = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
+    head_width = text["hidden_size"] // text["num_attention_heads"]
+    checks = [("text_config.", _TEXT_FIXED, text), ("vision_config.", _VISION_FIXED, vision)]
+    if original:
+        projector = {"mm_projector_type": "linear"}  # what the original code takes where a file has none
+        checks += [("", _ORIGINAL_FIXED | {"mm_hidden_size": vision["hidden_size"]}, projector | whole)]
+    else:
+        checks += [("", _LLAVA_FIXED, whole)]
+    checks += [
+        ("text_config.", {"head_dim": head_width}, {"head_dim": text.get("head_dim") or head_width}),
+        *(("text_config.", {"rope_type": "default"}, {"rope_type": rope_type}) for rope_type in rope_types),
+    ]
+    wrong = [
+        f"{prefix}{name}: expected {want!r}, got {found[name]!r}"
+        for prefix, fixed, found in checks
+        for name, want in fixed.items()
+        if name in found and found[name] != want
+    ]
+    if wrong:
+        raise ValueError(f"{folder}/config.json describes a model that this code cannot compute: " + "; ".join(wrong))
+
+    rows = text["vocab_size"]
+    vocab_size = rows if original else whole.get("image_token_index", 32000)
+    if not vocab_size <= rows <= padded_rows(vocab_size):
+        raise ValueError(
+            f"{folder}/config.json: expected image_token_index to follow the vocabulary, so for {vocab_size} a "
+            f"vocab_size of {vocab_size} to {padded_rows(vocab_size)}, got {rows}"
+        )
+    text["vocab_size"] = vocab_size
+    text["num_key_value_heads"] = text["num_key_value_heads"] or text["num_attention_heads"]
+    text["rope_theta"] = ropes[0].get("rope_theta", text["rope_theta"])
+    text = LlamaConfig(**{ours: text[name] for ours, (name, _) in _TEXT_FIELDS.items()})
+    vision = ClipConfig(**{ours: vision[name] for ours, (name, _) in _VISION_FIELDS.items()})
+    return LlavaConfig(text=text, vision=vision, **options), rows
+
+
+def _vision_fields(vision):
+    return _VISION_FIXED | {name: getattr(vision, ours) for ours, (name, _) in _VISION_FIELDS.items()}
+
+
+def write_files(folder, config, layout, dtype, tokenizer=None):
+    """Writes everything but the weights.
+
+    Args:
+      folder: epath.Path of the new checkpoint.
+      config: the LlavaConfig.
+      layout: "llava-hf" or "llava".
+      dtype: of the weights.
+      tokenizer: a folder, or a tokenizer of `transformers`; None writes no tokenizer, and BOS 1 and EOS 2 as Llama has.
+    """
+    bos, eos = (1, 2) if tokenizer is None else _write_tokenizer(folder, tokenizer, config.text.vocab_size, layout)
+    text = _TEXT_FIXED | {name: getattr(config.text, ours) for ours, (name, _) in _TEXT_FIELDS.items()}
+    text |= {"bos_token_id": bos, "eos_token_id": eos}
+    vision = _vision_fields(config.vision)
+    if layout == "llava-hf":
+        pad = config.text.vocab_size + 1
+        whole = _LLAVA_FIXED | {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "text_config": text | {"vocab_size": padded_rows(config.text.vocab_size)},
+            "image_token_index": config.text.vocab_size,
+            "image_seq_length": config.vision.image_tokens,
+        }
+        _write_processor(folder, config.vision)
+    else:
+        pad = 0  # <unk>, with which the original code pads
+        whole = text | _ORIGINAL_FIXED
+        whole |= {
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "model_type": "llava_llama",
+            "image_aspect_ratio": "pad",
+            "mm_hidden_size": config.vision.width,
+            # The original code builds the tower by this name, then takes its weights from this checkpoint. It does not
+            # look at `vision_config`, which stands here for `read_config`.
+            "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+            "unfreeze_mm_vision_tower": True,
+        }
+    whole |= {"vision_config": vision, "pad_token_id": pad, "torch_dtype": jnp.dtype(dtype).name}
+    write_json(folder / "config.json", whole)
+    write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad})
+
+
+def write_json(file, content):
+    """Writes a JSON object."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_processor(folder, vision):
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "LlavaImageProcessor",
+            "processor_class": "LlavaProcessor",
+            "do_convert_rgb": True,
+            "do_pad": True,  # to a square: the original code does, the published llava-hf config forgets it
+            "do_resize": True,
+            "size": {"shortest_edge": vision.image_size},
+            "resample": 3,  # bicubic
+            "do_center_crop": True,
+            "crop_size": {"height": vision.image_size, "width": vision.image_size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+    )
+    write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<image>",
+            "patch_size": vision.patch_size,
+            "num_additional_image_tokens": 1,  # the class token, which "default" then drops
+            "vision_feature_select_strategy": "default",
+        },
+    )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def _write_tokenizer(folder, tokenizer, vocab_size, layout):
+    """Writes the tokenizer's files and returns its BOS and EOS ids; llava-hf gets <image>, <pad> and the template."""
+    from transformers import AddedToken, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as stage:  # a copy, for what is added below must not reach the caller's object
+        source = tokenizer
+        if not isinstance(tokenizer, str | os.PathLike):
+            tokenizer.save_pretrained(stage)
+            source = stage
+        # A batch that generates must end in its prompts. Set here, for a side set later is not saved.
+        side = {"padding_side": "left"} if layout == "llava-hf" else {}
+        copy = AutoTokenizer.from_pretrained(source, **side)
+        if layout == "llava-hf":
+            added = {"<image>": vocab_size, "<pad>": vocab_size + 1}
+            copy.add_tokens([AddedToken(token, special=True, normalized=False) for token in added], special_tokens=True)
+            got = {token: copy.convert_tokens_to_ids(token) for token in added}
+            if got != added:
+                raise ValueError(
+                    f"the tokenizer does not fit the model's vocabulary of {vocab_size}: expected {added}, got {got}"
+                )
+            copy.pad_token = "<pad>"
+            copy.chat_template = CHAT_TEMPLATE
+        copy.save_pretrained(stage)
+        for file in epath.Path(stage).iterdir():
+            file.copy(folder / file.name)
+        if layout == "llava" and (sentences := epath.Path(source) / "tokenizer.model").exists():
+            sentences.copy(folder / sentences.name, overwrite=True)  # the original code reads no other
+        return copy.bos_token_id, copy.eos_token_id
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies in a safetensors file."""
+
+    file: epath.Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self):
+        """Reads it, and nothing around it."""
+        dtype = np.dtype(DTYPES[self.dtype])
+        with self.file.open("rb") as f:
+            f.seek(self.start)
+            return np.frombuffer(f.read(int(np.prod(self.shape)) * dtype.itemsize), dtype).reshape(self.shape)
+
+
+def weight_files(folder):
+    """Returns the safetensors of a checkpoint; raises one line if there are none, or not all."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
+        return files
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if not files and any(folder.glob("*.bin")):
+        raise ValueError(
+            f"{folder} has its weights in .bin files, which are pickles and not read here; convert them once: python "
+            f'-c "import glob, torch, safetensors.torch as s; [s.save_file(torch.load(f, weights_only=True), f[:-3] + '
+            f"'safetensors') for f in glob.glob('{folder}/pytorch_model*.bin')]\""
+        )
+    if not files:
+        raise ValueError(f"{folder} holds no weights; expected *.safetensors")
+    return files
+
+
+def read_header(file):
+    """Yields (name, Tensor): a safetensors file is the length of a JSON header, the header, and the bytes."""
+    size = file.stat().length
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = f.read(length) if length <= size - 8 else b""
+    try:
+        header = json.loads(header)
+    except ValueError:
+        raise ValueError(f"{file} is not a safetensors file, or is the pointer to one that was not fetched") from None
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != 8 + length + end:
+        raise ValueError(f"{file} is cut short or damaged: expected {8 + length + end} bytes, got {size}")
+    for name, entry in header.items():
+        yield name, Tensor(file, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+
+
+def write_tensors(file, specs, tensors):
+    """Writes a safetensors file.
+
+    Args:
+      file: epath.Path.
+      specs: name -> (dtype, shape), in the order of the tensors.
+      tensors: an iterable of numpy arrays, each of which is written before the next is asked for.
+    """
+    codes = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
+    for name, (dtype, shape) in specs.items():
+        start, end = end, end + int(np.prod(shape)) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors:
+            f.write(tensor.reshape(-1).view(np.uint8))
