@@ -130,9 +130,9 @@ def _attention_over(parts):
     return (out / total).astype(parts[0][2].dtype)
 
 
-def _cudnn(q, k, v, layout, prefix_lengths, answer_lengths):
+def _cudnn(q, k, v, layout, prefix_lengths, answer_lengths, implementation="cudnn"):
     del answer_lengths
-    flash = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    flash = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
     fold = lambda x: x.reshape(-1, *x.shape[2:])  # one batch axis, as the kernel wants it
     (q_prefix, q_answer), (k_prefix, k_answer), (v_prefix, v_answer) = (layout.split(x) for x in (q, k, v))
     out_prefix = flash(*map(fold, (q_prefix, k_prefix, v_prefix)), is_causal=True).reshape(q_prefix.shape)
@@ -142,7 +142,7 @@ def _cudnn(q, k, v, layout, prefix_lengths, answer_lengths):
             jnp.concatenate([layout.of_cells(prefix), answer], axis=2)
             for prefix, answer in ((k_prefix, k_answer), (v_prefix, v_answer))
         )
-        seen = jnp.arange(layout.prefix_tokens) < layout.of_cells(prefix_lengths)[:, :, None]
+        seen = jnp.arange(layout.prefix_tokens)[None, None] < layout.of_cells(prefix_lengths)[:, :, None]
         seen = jnp.broadcast_to(seen[:, :, None], (*q_answer.shape[:3], layout.prefix_tokens))
         own = jnp.broadcast_to(
             np.tri(layout.answer_tokens, dtype=bool)[None, None], (*q_answer.shape[:3], q_answer.shape[2])

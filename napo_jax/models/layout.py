@@ -73,8 +73,8 @@ class Layout:
 
     def valid(self, prefix_lengths, answer_lengths):
         """Returns which tokens are no padding, bool[B, S], from int32[B, M] and int32[B, C]."""
-        prefix = jnp.arange(self.prefix_tokens) < prefix_lengths[:, :, None]
-        answer = jnp.arange(self.answer_tokens) < answer_lengths[:, :, None]
+        prefix = jnp.arange(self.prefix_tokens)[None, None] < prefix_lengths[:, :, None]
+        answer = jnp.arange(self.answer_tokens)[None, None] < answer_lengths[:, :, None]
         return self.join(prefix, answer)
 
     def mask(self) -> np.ndarray:

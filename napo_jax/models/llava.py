@@ -128,7 +128,8 @@ class Llava:
         prefix = jnp.full((1, 1, vision.image_tokens), IMAGE_SLOT, jnp.int32)
         image = jnp.zeros((1, 1, vision.image_size, vision.image_size, 3), jnp.float32)
         lengths = jnp.ones((1, 1), jnp.int32)
-        return self._network.init(key, image, prefix, lengths, *self._no_answers(1), ())["params"]
+        network = _Network(dataclasses.replace(self.config, attention="xla"))  # any backend has the same parameters
+        return network.init(key, image, prefix, lengths, *self._no_answers(1), ())["params"]
 
     def logits(self, params, input_ids, images):
         """Computes next-token logits of whole sequences, nothing shared: the yardstick for the rest.

@@ -1,0 +1,48 @@
+"""Compiles the gradient of a small model for a TPU v5e and prints how many Pallas kernels each backend puts into it.
+
+A program of its own, because libtpu reads its environment once per process.
+"""
+
+import os
+
+# Without these, libtpu asks a metadata server that exists only in a cloud.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from napo_jax.models import Groups, Llava, LlavaConfig
+from napo_jax.models.clip import ClipConfig
+from napo_jax.models.llama import LlamaConfig
+
+CELL_IMAGE = (0, 0, 0, 0)
+
+
+def main():
+    """Prints `backend count` for splash and xla."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = jax.sharding.Mesh(np.array(topology.devices)[:1], ("data",))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    text = LlamaConfig(vocab_size=512, width=256, mlp_width=512, layers=2, heads=2, kv_heads=2)
+    vision = ClipConfig(image_size=56, patch_size=14, width=64, mlp_width=128, layers=2, heads=2)
+    groups = Groups(
+        images=jax.ShapeDtypeStruct((2, 1, 56, 56, 3), jnp.float32),
+        prefix_ids=jax.ShapeDtypeStruct((2, 1, 128), jnp.int32),
+        prefix_lengths=jax.ShapeDtypeStruct((2, 1), jnp.int32),
+        answer_ids=jax.ShapeDtypeStruct((2, 4, 64), jnp.int32),
+        answer_lengths=jax.ShapeDtypeStruct((2, 4), jnp.int32),
+    )
+    for backend in ("splash", "xla"):
+        model = Llava(LlavaConfig(text, vision, jnp.bfloat16, jnp.bfloat16, attention=backend))
+        params = jax.tree.map(struct, jax.eval_shape(model.init, jax.random.key(0)))
+        gradient = jax.grad(lambda params, groups, model=model: model.logps(params, groups, CELL_IMAGE).sum.sum())
+        compiled = jax.jit(gradient).lower(params, jax.tree.map(struct, groups)).compile()
+        print(backend, compiled.as_text().count('custom_call_target="tpu_custom_call"'))
+
+
+if __name__ == "__main__":
+    main()
