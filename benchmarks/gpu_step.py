@@ -3,7 +3,8 @@
     python benchmarks/gpu_step.py [--backends cudnn xla] [--groups 4] [--size 7b|tiny] [--peak-tflops 989]
 
 Random weights, bfloat16. The decoder and the projector train with AdamW in bfloat16 moments, and the vision tower is
-frozen; weights, gradients and moments of 7B are 54 GB that way. It needs jax, flax, optax and numpy, and nothing installed of this repository.
+frozen; weights, gradients and moments of 7B are 54 GB that way. It needs jax, flax, optax and numpy, and nothing
+installed of this repository.
 
 The arithmetic counted is what the shared prefix needs, 3 times the forward pass: recomputation earns nothing. Causal
 attention counts as half. The last line is JSON with a row per backend.

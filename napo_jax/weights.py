@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from napo_jax import hub_files
+from napo_jax import hub_files, tensor_files
 from napo_jax.models.llava import Llava
 
 # Path in the parameter tree (a regex) -> name in a file. The first word of a name is a part, which `_LAYOUTS` places;
@@ -213,12 +213,12 @@ def _bare(name):
 
 
 def _read_headers(folder):
-    """Returns name -> hub_files.Tensor of all tensors in a folder, names without `vision_model.`."""
+    """Returns name -> tensor_files.Tensor of all tensors in a folder, names without `vision_model.`."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; expected that of a Hugging Face checkpoint")
     tensors = {}
-    for file in hub_files.weight_files(folder):
-        for name, tensor in hub_files.read_header(file):
+    for file in tensor_files.weight_files(folder):
+        for name, tensor in tensor_files.read_header(file):
             if tensors.setdefault(_bare(name), tensor) is not tensor:
                 raise ValueError(f"{name} stands in {tensors[_bare(name)].file} and in {file}; expected it once")
     return tensors
@@ -253,9 +253,9 @@ def _check(folder, leaves, tensors):
             wrong.append(f"{name}: expected no such tensor, got {got.dtype} {list(got.shape)}")
         elif shape is not None and got is None:
             wrong.append(f"{name}: expected {list(shape)}, got none")
-        elif shape is not None and (got.shape != shape or got.dtype not in hub_files.DTYPES):
+        elif shape is not None and (got.shape != shape or got.dtype not in tensor_files.DTYPES):
             wrong.append(
-                f"{name}: expected {'/'.join(hub_files.DTYPES)} {list(shape)}, got {got.dtype} {list(got.shape)}"
+                f"{name}: expected {'/'.join(tensor_files.DTYPES)} {list(shape)}, got {got.dtype} {list(got.shape)}"
             )
     if wrong:
         hint = "; is the tower in a CLIP checkpoint of its own? Then give its folder as vision_tower"
@@ -337,7 +337,7 @@ def _write_weights(folder, leaves, arrays, max_shard_bytes):
     files = ["model.safetensors"] if len(shards) == 1 else files
     for file, shard in zip(files, shards, strict=True):
         specs = {name: (leaf.dtype, leaf.tensor_shape) for name, leaf, _, _ in shard}
-        hub_files.write_tensors(folder / file, specs, (_tensor_of(*entry[1:]) for entry in shard))
+        tensor_files.write_tensors(folder / file, specs, (_tensor_of(*entry[1:]) for entry in shard))
     if len(files) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}

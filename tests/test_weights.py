@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from napo_jax import export_pretrained, hub_files, load_pretrained, weights
+from napo_jax import export_pretrained, hub_files, load_pretrained, tensor_files, weights
 from napo_jax.models import IMAGE_SLOT, Llava, LlavaConfig
 from napo_jax.models.clip import ClipConfig
 from napo_jax.models.llama import LlamaConfig
@@ -304,7 +304,7 @@ def test_loading_holds_little_more_than_the_checkpoint(tmp_path, naive, layers):
     leaves = weights._leaves(weights._shapes(config), config, "llava", config.text.vocab_size)
     specs = {name: (leaf.dtype, leaf.tensor_shape) for leaf in leaves for name in leaf.names}
     file = epath.Path(tmp_path) / "model.safetensors"
-    hub_files.write_tensors(file, specs, ())
+    tensor_files.write_tensors(file, specs, ())
     size = file.stat().length + sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in specs.values())
     with open(file, "r+b") as f:
         f.truncate(size)  # zeros, which take no room on the disk
@@ -618,7 +618,7 @@ def test_a_bad_export_is_refused_and_a_killed_one_leaves_no_folder(saved, tmp_pa
     with pytest.raises(ValueError, match=r"projector/up/bias: expected \(64,\), got \(63,\)"):
         export_pretrained(model, other, tmp_path / "x")
     with monkeypatch.context() as patch:
-        patch.setattr(hub_files, "write_tensors", lambda *_: 1 / 0)
+        patch.setattr(tensor_files, "write_tensors", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_pretrained(model, params, tmp_path / "x")
     assert not (tmp_path / "x").exists()
