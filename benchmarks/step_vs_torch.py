@@ -217,7 +217,8 @@ def main():
         from trl_dpo import trl_step
 
         sides["trl"] = trl_step(torch_model(), groups)
-        sides["trl"]()
+        losses["trl"] = sides["trl"]()  # its reference is its policy, so its first loss must be ln 2
+        np.testing.assert_allclose(losses["trl"], np.log(2), rtol=1e-5)
 
     times = {name: [] for name in sides}
     for _ in range(options.repeats):

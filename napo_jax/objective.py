@@ -7,6 +7,7 @@ method is one loss function and one `Term`.
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from napo_jax.losses import batch_mean, dpo_loss, napo_loss, term_weights
-from napo_jax.losses.inputs import log_ratio, prepare
+from napo_jax.losses.inputs import check_where, log_ratio, prepare
 
-_CELL = re.compile(r"[a-z][a-z0-9_]*(@[a-z][a-z0-9_]*)?")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_CELL = re.compile(rf"{_NAME.pattern}(@{_NAME.pattern})?")
 
 # What an objective can hand to a loss. A loss gets those that its signature names; its other parameters are options.
 _PROVIDED = (
@@ -57,53 +59,80 @@ class Term:
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     # Cell to prefer: an answer, on the clean image ("chosen") or on a variant of it ("chosen@crop").
     preferred: str
-    # Cell to prefer it to; several for a loss over many cells; none for a loss of one.
+    # Cell to prefer it to; a tuple of them for a loss over many cells; none for a loss of one.
     other: str | tuple[str, ...] | None = None
     # A fixed factor, or "dynamic": the share of this term's margin in those of all dynamic terms (`term_weights`).
     weight: float | Literal["dynamic"] = 1.0
     # Which log-probs the loss reads: summed over the answer's tokens, or their mean.
     logps: Literal["sum", "mean"] = "sum"
-    # Which margin q is measured on, for a loss that has a q.
+    # Which margin q is measured on, for a loss that measures one.
     margin: Literal["sum", "mean"] = "sum"
-    # Keyword options of the loss, such as {"beta": 0.1}; kept as sorted pairs so that terms compare and hash by value.
+    # Keyword options of the loss, such as {"beta": 0.1}. A term holds them as sorted pairs, so that terms compare and
+    # hash by value; `dict(term.options)` is the mapping again.
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self):
-        """Checks the term against its loss's signature, so that a typo fails here and not in a traced step."""
-        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+        """Checks the term, by running its loss on shapes, so that a mistake fails here and not in a traced step."""
+        frozen = lambda value: tuple(value) if isinstance(value, list) else value
+        object.__setattr__(self, "other", frozen(self.other))
+        options = {name: frozen(value) for name, value in dict(self.options).items()}
+        object.__setattr__(self, "options", tuple(sorted(options.items())))
+
+        if not _NAME.fullmatch(self.name):
+            self._refuse(f"a name must be a lower-case word, got {self.name!r}")
         for cell in self.cells:
             if not _CELL.fullmatch(cell):
-                raise ValueError(f"term {self.name!r}: {cell!r} is no cell; write an answer, or answer@image")
+                self._refuse(f"{cell!r} is no cell; write an answer, or answer@image")
+            if cell.endswith("@clean"):
+                self._refuse(f"write {split_cell(cell)[0]!r} for {cell!r}")
+        if len(set(self.cells)) < len(self.cells):
+            self._refuse(f"its cells must differ, got {self.cells}")
         for field in ("logps", "margin"):
             if getattr(self, field) not in Logps._fields:
-                raise ValueError(f"term {self.name!r}: {field} must be 'sum' or 'mean', got {getattr(self, field)!r}")
-        if isinstance(self.weight, str) and self.weight != "dynamic":
-            raise ValueError(f"term {self.name!r}: weight must be a number or 'dynamic', got {self.weight!r}")
+                self._refuse(f"{field} must be 'sum' or 'mean', got {getattr(self, field)!r}")
+        if self.weight == "dynamic":
+            if not isinstance(self.other, str) or self.logps != "sum":
+                self._refuse("a dynamic weight needs the summed margin of two cells")
+        elif not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+            self._refuse(f"weight must be a finite number or 'dynamic', got {self.weight!r}")
+        self._check_signature()
+        self._try_on_shapes()
 
+    def _check_signature(self):
         parameters = inspect.signature(self.loss).parameters
+        loss = getattr(self.loss, "__name__", repr(self.loss))
+        for parameter in parameters.values():
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                self._refuse(f"{loss} must name all it takes, got the parameter {parameter}")
         known = sorted(set(parameters) - set(_PROVIDED))
         for option in dict(self.options):
             if option not in known:
-                raise ValueError(f"term {self.name!r}: {self._loss_name} has no option {option!r}; it has {known}")
+                self._refuse(f"{loss} has no option {option!r}; it has {known}")
         for option in known:
             if parameters[option].default is inspect.Parameter.empty and option not in dict(self.options):
-                raise ValueError(f"term {self.name!r}: {self._loss_name} needs the option {option!r}")
+                self._refuse(f"{loss} needs the option {option!r}")
         if ("policy_rejected_logps" in parameters) != (self.other is not None):
             need = "another cell" if self.other is None else "no other cell"
-            raise ValueError(f"term {self.name!r}: {self._loss_name} takes {need}, got other={self.other!r}")
-        if self.weight == "dynamic" and not isinstance(self.other, str):
-            raise ValueError(f"term {self.name!r}: a dynamic weight needs the margin of two cells")
+            self._refuse(f"{loss} takes {need}, got other={self.other!r}")
 
-    @property
-    def _loss_name(self) -> str:
-        return getattr(self.loss, "__name__", repr(self.loss))
+    def _try_on_shapes(self):
+        pair = Logps(*[jax.ShapeDtypeStruct((2,), jnp.float32)] * 2)
+        logps = dict.fromkeys(self.cells, pair)
+        try:
+            hash(self)
+            jax.eval_shape(lambda policy, reference: _evaluate(self, policy, reference, None, None), logps, logps)
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            self._refuse(f"its loss does not take these cells and options: {error}")
+
+    def _refuse(self, reason):
+        raise ValueError(f"term {self.name!r}: {reason}") from None
 
     @property
     def others(self) -> tuple[str, ...]:
         """The cells that the preferred one is held against."""
         if self.other is None:
             return ()
-        return (self.other,) if isinstance(self.other, str) else tuple(self.other)
+        return (self.other,) if isinstance(self.other, str) else self.other
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -111,9 +140,15 @@ class Term:
         return (self.preferred, *self.others)
 
     @property
+    def inputs(self) -> frozenset[str]:
+        """What the objective hands to its loss: all that the signature names and the options do not make needless."""
+        named = set(_PROVIDED) & set(inspect.signature(self.loss).parameters)
+        return frozenset(named - {"noise_margin"} if dict(self.options).get("q") is not None else named)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether its loss reads the reference's log-probs."""
-        return any(name.startswith("reference_") for name in inspect.signature(self.loss).parameters)
+        return any(name.startswith("reference_") for name in self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,65 +198,80 @@ class Objective:
         return tuple(self.image_variants.index(split_cell(cell)[1]) for cell in self.cells)
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether any term reads the reference's log-probs."""
-        return any(term.needs_reference for term in self.terms)
+    def reference_cells(self) -> tuple[str, ...]:
+        """The cells that the reference model has to score; none if no term reads a reference."""
+        return tuple(dict.fromkeys(cell for term in self.terms if term.needs_reference for cell in term.cells))
 
     def __call__(self, policy, reference=None, *, where=None, axis_name=None):
         """Turns log-probs of cells into a loss and metrics.
 
         Args:
-          policy: {cell: (sum, mean)}, the policy's log-probs: float[B] each, or float[A, B] for A micro-batches.
-          reference: {cell: (sum, mean)}, the reference's; None if no term needs it.
+          policy: {cell: (sum, mean)}, the policy's log-probs: float[B] each, the whole batch, or float[A, B], the A
+            micro-batches of a step.
+          reference: {cell: (sum, mean)}, the reference's, of the cells in `reference_cells`; None if there are none.
           where: {cell: bool[B]} or None; valid cells. A term averages over the examples whose cells are all valid.
             The others do nothing, whatever they hold.
-          axis_name: mapped axis or axes of the devices that share the batch, inside `shard_map` or `pmap`.
+          axis_name: mapped axis or axes that the batch is split over, inside `shard_map` or `pmap`. Gradients of the
+            loss by replicated parameters are summed by `shard_map` itself; under `pmap`, or with `check_vma=False`,
+            take their `pmean`.
 
         Returns:
           loss: float32[], the same on all devices.
           metrics: {name: float32[]}, detached: `loss`, and for each term `<term>/loss`, `/margin` (preferred minus
             other, without beta), `/accuracy` (share of positive margins), `/q` (0, as for DPO, where the loss has
             none), `/weight`, `/valid` (share of valid examples), and `/chosen_reward` and `/rejected_reward` where the
-            loss has rewards. Against several other cells, the margin is the one to the nearest of them.
+            loss has rewards. Against several other cells, the margin is the one to the nearest of them; of a lone cell
+            without a reference it is the log-prob itself.
         """
-        if reference is None and self.needs_reference:
-            raise ValueError(f"terms {[t.name for t in self.terms if t.needs_reference]} need reference log-probs")
-        for what, given in (("policy", policy), ("reference", reference), ("where", where)):
-            if given is not None and (missing := [cell for cell in self.cells if cell not in given]):
+        for what, given, cells in (
+            ("policy", policy, self.cells),
+            ("reference", reference or {}, self.reference_cells),
+            ("where", where, self.cells),
+        ):
+            if given is not None and (missing := [cell for cell in cells if cell not in given]):
                 raise ValueError(f"{what} lacks the cells {missing}; it has {list(given)}")
         ndim = jnp.ndim(policy[self.cells[0]][0])
         if ndim not in (1, 2):
             raise ValueError(f"log-probs must be [B] or [A, B], got {ndim} dimensions")
         if self.noise_scope == "batch" or ndim == 1:
-            return self._loss_and_metrics(policy, reference, where, axis_name)
-        each = jax.vmap(lambda p, r, w: self._loss_and_metrics(p, r, w, axis_name))(policy, reference, where)
-        return jax.tree.map(lambda values: jnp.mean(values, axis=0), each)
+            shares, metrics = self._evaluate_terms(policy, reference, where, axis_name)
+        else:
+            only = lambda given, cells: None if given is None else {cell: given[cell] for cell in cells}
+            shares, metrics = jax.vmap(lambda *batch: self._evaluate_terms(*batch, axis_name))(
+                only(policy, self.cells), only(reference, self.reference_cells), only(where, self.cells)
+            )
+            # A micro-batch in which a term has no valid example says nothing of that term, so it is not averaged in.
+            live = {name: values["valid"] > 0 for name, values in metrics.items()}
+            shares = {name: batch_mean(share, live[name]) for name, share in shares.items()}
+            metrics = {
+                name: {key: batch_mean(value, None if key == "valid" else live[name]) for key, value in values.items()}
+                for name, values in metrics.items()
+            }
+        loss = sum(shares.values())
+        flat = {f"{name}/{key}": value for name, values in metrics.items() for key, value in values.items()}
+        return loss, jax.lax.stop_gradient({"loss": loss, **flat})
 
-    def _loss_and_metrics(self, policy, reference, where, axis_name):
+    def _evaluate_terms(self, policy, reference, where, axis_name):
+        """Returns {term: its share in the loss} and {term: {metric: float32[]}}."""
         outcomes = {term.name: _evaluate(term, policy, reference, where, axis_name) for term in self.terms}
         weights = self._weights(outcomes, axis_name)
-        loss, metrics = 0.0, {}
+        shares, metrics = {}, {}
         for name, outcome in outcomes.items():
-            mean_loss = batch_mean(outcome.losses, outcome.where, axis_name)
-            loss = loss + weights[name].astype(mean_loss.dtype) * mean_loss
-            means = {"loss": mean_loss} | {
-                key: batch_mean(value, outcome.where, axis_name) for key, value in outcome.metrics.items()
-            }
-            means |= {
-                "q": outcome.q,
-                "weight": weights[name],
-                "valid": batch_mean(outcome.where.astype(jnp.float32), None, axis_name),
-            }
-            metrics |= {f"{name}/{key}": value for key, value in means.items()}
-        return loss, jax.lax.stop_gradient({"loss": loss, **metrics})
+            means = {key: batch_mean(value, outcome.where, axis_name) for key, value in outcome.examples.items()}
+            shares[name] = weights[name].astype(means["loss"].dtype) * means["loss"]
+            valid = batch_mean(outcome.where.astype(jnp.float32), None, axis_name)
+            metrics[name] = means | {"q": outcome.q, "weight": weights[name], "valid": valid}
+        return shares, metrics
 
     def _weights(self, outcomes, axis_name):
-        """Returns {term name: float32[]}, with gamma where the weight is dynamic."""
+        """Returns {term: float32[]}, with gamma where the weight is dynamic."""
         weights = {t.name: jnp.asarray(t.weight, jnp.float32) for t in self.terms if t.weight != "dynamic"}
         dynamic = [term.name for term in self.terms if term.weight == "dynamic"]
         if dynamic:
+            rewards = [outcomes[name].examples for name in dynamic]
+            # psi_sum of Eq. 2: the margin of rewards, so that terms of different beta compare.
             gamma = term_weights(
-                jnp.stack([outcomes[name].reward_margin for name in dynamic]),
+                jnp.stack([reward["chosen_reward"] - reward["rejected_reward"] for reward in rewards]),
                 where=jnp.stack([outcomes[name].where for name in dynamic]),
                 axis_name=axis_name,
             )
@@ -230,58 +280,61 @@ class Objective:
 
 
 class _Outcome(NamedTuple):
-    """What one term makes of a batch, unreduced but for q."""
+    """What one term makes of a batch."""
 
-    losses: jax.Array  # float32[B], 0 where invalid
     where: jax.Array  # bool[B]
-    reward_margin: jax.Array | None  # float32[B], what a dynamic weight is measured on: psi_sum of Eq. 2
     q: jax.Array  # float32[]
-    metrics: dict[str, jax.Array]  # float32[B] each
+    examples: dict[str, jax.Array]  # float32[B] each, 0 where invalid: the loss and what is reported beside it
 
 
 def _evaluate(term: Term, policy, reference, where, axis_name) -> _Outcome:
     """Runs a term's loss on its cells."""
-    valid = jnp.ones(jnp.shape(policy[term.preferred][0]), bool)
+    shape = jnp.shape(policy[term.preferred][0])
+    valid = jnp.ones(shape, bool)
     for cell in term.cells if where is not None else ():
-        valid &= where[cell]
+        valid &= check_where(where[cell], shape, f"policy[{cell!r}]")
+    sources = {"policy": policy} | ({"reference": reference} if term.needs_reference else {})
 
-    def read(source, kind):
-        """Returns the log-probs of the term's cells, float32[B] each."""
-        return prepare(valid, **{cell: getattr(Logps(*source[cell]), kind) for cell in term.cells})
+    def read(kind):
+        """Returns {role: the log-probs of the term's cells, float32[B] each}."""
+        named = {
+            f"{role}[{cell!r}] {kind}": getattr(Logps(*source[cell]), kind)
+            for role, source in sources.items()
+            for cell in term.cells
+        }
+        arrays, _ = prepare(valid, named)
+        count = len(term.cells)
+        return {role: arrays[i * count : (i + 1) * count] for i, role in enumerate(sources)}
 
-    def margin(kind):
+    def margin(logps):
         """Returns the detached margin of the preferred cell to the nearest other one, float32[B]."""
-        h = read(policy, kind)
-        if reference is not None:
-            h = [log_ratio(*pair) for pair in zip(h, read(reference, kind), strict=True)]
+        h = logps["policy"]
+        if "reference" in logps:
+            h = [log_ratio(*pair) for pair in zip(h, logps["reference"], strict=True)]
         preferred, *others = jax.lax.stop_gradient(h)
         return preferred - jnp.max(jnp.stack(others), axis=0) if others else preferred
 
-    provided = {"where": valid, "axis_name": axis_name, "noise_margin": margin(term.margin)}
-    for role, source in (("policy", policy), ("reference", reference)):
-        if source is not None:
-            preferred, *others = read(source, term.logps)
-            provided[f"{role}_chosen_logps"] = preferred
-            provided[f"{role}_rejected_logps"] = others[0] if isinstance(term.other, str) else others
-    parameters = inspect.signature(term.loss).parameters
-    losses, stats = term.loss(
-        **{name: value for name, value in provided.items() if name in parameters}, **dict(term.options)
-    )
+    logps = read(term.logps)
+    provided = {"where": valid, "axis_name": axis_name}
+    for role, (preferred, *others) in logps.items():
+        provided[f"{role}_chosen_logps"] = preferred
+        provided[f"{role}_rejected_logps"] = others[0] if isinstance(term.other, str) else others
+    if "noise_margin" in term.inputs:
+        provided["noise_margin"] = margin(read(term.margin))
+    losses, stats = term.loss(**{name: provided[name] for name in term.inputs}, **dict(term.options))
+    if jnp.shape(losses) != shape:
+        raise ValueError(f"losses have shape {jnp.shape(losses)}, expected one for each example, {shape}")
+    if term.weight == "dynamic" and not {"chosen_rewards", "rejected_rewards"} <= set(stats):
+        raise ValueError(f"a dynamic weight needs chosen_rewards and rejected_rewards, got the stats {sorted(stats)}")
 
-    loss_margin = margin(term.logps)
-    metrics = {"margin": loss_margin, "accuracy": (loss_margin > 0).astype(loss_margin.dtype)}
+    loss_margin = margin(logps)
+    examples = {"loss": losses, "margin": loss_margin, "accuracy": (loss_margin > 0).astype(loss_margin.dtype)}
     if "chosen_rewards" in stats:
-        metrics["chosen_reward"] = stats["chosen_rewards"]
+        examples["chosen_reward"] = stats["chosen_rewards"]
     if "rejected_rewards" in stats:
         rejected = stats["rejected_rewards"]
-        metrics["rejected_reward"] = rejected if isinstance(term.other, str) else jnp.max(rejected, axis=0)
-    return _Outcome(
-        losses=losses,
-        where=valid,
-        reward_margin=stats["chosen_rewards"] - stats["rejected_rewards"] if term.weight == "dynamic" else None,
-        q=jnp.asarray(stats.get("q", 0.0), losses.dtype),
-        metrics=metrics,
-    )
+        examples["rejected_reward"] = rejected if isinstance(term.other, str) else jnp.max(rejected, axis=0)
+    return _Outcome(valid, jnp.mean(jnp.asarray(stats.get("q", 0.0), losses.dtype)), examples)
 
 
 def napo(beta: float = 0.1) -> Objective:

@@ -177,6 +177,44 @@ def test_literal_numbers():
     np.testing.assert_allclose(losses.ipo_loss(*pair)[0], [0.0], atol=1e-6)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("sft", "simpo")])
+def test_rewards_are_beta_times_the_log_ratio(case):
+    loss, arguments, _ = CASES[case]
+    _, stats = loss(*arguments, beta=0.3)
+    np.testing.assert_allclose(stats["chosen_rewards"], 0.3 * (PC - RC), rtol=1e-5, atol=1e-6)
+    if case != "anchor":
+        rejected = arguments[1] - arguments[3]
+        np.testing.assert_allclose(stats["rejected_rewards"], 0.3 * rejected, rtol=1e-5, atol=1e-6)
+
+
+def test_rewards_of_simpo_have_no_reference():
+    _, stats = losses.simpo_loss(PC, PR, beta=0.3)
+    np.testing.assert_allclose(stats["chosen_rewards"], 0.3 * PC, rtol=1e-6)
+    np.testing.assert_allclose(stats["rejected_rewards"], 0.3 * PR, rtol=1e-6)
+
+
+def test_options_may_be_numbers_of_any_kind():
+    """A float64 from NumPy, or a traced number, makes nothing wider and nothing fail."""
+    want, _ = losses.napo_loss(*PAIR, beta=0.2, alpha=0.3)
+    np.testing.assert_array_equal(losses.napo_loss(*PAIR, beta=np.float64(0.2), alpha=np.float64(0.3))[0], want)
+    traced = jax.jit(lambda beta, alpha: losses.napo_loss(*PAIR, beta=beta, alpha=alpha)[0])
+    np.testing.assert_allclose(traced(0.2, 0.3), want, rtol=1e-6)
+    flipped = jax.jit(lambda rate: losses.robust_dpo_loss(*PAIR, flip_rate=rate)[0])
+    np.testing.assert_allclose(flipped(0.3), losses.robust_dpo_loss(*PAIR, flip_rate=0.3)[0], rtol=1e-6)
+    with jax.enable_x64(True):
+        half = [jnp.asarray(argument, jnp.bfloat16) for argument in PAIR]
+        values, stats = losses.napo_loss(*half, beta=np.float64(0.2), alpha=np.float64(0.3))
+        assert (values.dtype, stats["q"].dtype) == (jnp.float32, jnp.float32)
+        wide, stats = losses.napo_loss(*map(jnp.float64, PAIR), q=0.3)
+        assert (wide.dtype, stats["q"].dtype) == (jnp.float64, jnp.float64)
+
+
+def test_masks_may_be_lists():
+    where = [True, False, True, True, False, True]
+    for loss, arguments, _ in CASES.values():
+        np.testing.assert_array_equal(loss(*arguments, where=where)[0], loss(*arguments, where=np.array(where))[0])
+
+
 def test_at_step_zero_every_loss_has_its_closed_form():
     same = (PC, PR, PC, PR)
     np.testing.assert_allclose(losses.dpo_loss(*same)[0], np.full(6, np.log(2)), rtol=1e-6)
@@ -213,6 +251,16 @@ def test_chip_in_one_sigmoid():
     np.testing.assert_allclose(chip(kl_rejected), -naive.log_sigmoid(0.1 * z), rtol=1e-6, atol=1e-6)
     gradient = jax.grad(lambda kl: chip(kl).sum())(kl_rejected)
     np.testing.assert_allclose(gradient, 0.1 * 0.1 * naive.sigmoid(-0.1 * z), rtol=1e-5)
+
+
+def test_a_masked_offset_cannot_spoil_its_gradient():
+    where = np.arange(6) != 2
+    offset = np.where(where, np.float32(0.5), np.float32(np.nan))
+
+    def total(offset):
+        return losses.single_sigmoid_loss(*SEVERAL, rejected_weights=(1.0, 1.0), offset=offset, where=where)[0].sum()
+
+    assert np.all(np.isfinite(jax.grad(total)(jnp.asarray(offset))))
 
 
 def test_cells_must_match_their_weights():
@@ -267,7 +315,16 @@ def test_a_given_noise_margin_sets_q_and_nothing_else():
 
 
 def test_bad_q_and_rule_are_refused():
-    for q in (0.0, -0.5, 1.5, np.float32(2.0), np.float32([0.5, 0.0, 0.5, 0.5, 0.5, 0.5]), float("nan")):
+    for q in (
+        0.0,
+        -0.5,
+        1.5,
+        np.float32(2.0),
+        jnp.float32(0.0),
+        [0.5, 0.5, 0.5, 0.5, 0.5, 2.0],
+        np.float32([0.5, 0.0, 0.5, 0.5, 0.5, 0.5]),
+        float("nan"),
+    ):
         with pytest.raises(ValueError, match=r"q must be in \(0, 1\]"):
             losses.napo_loss(*PAIR, q=q)
     with pytest.raises(ValueError, match=r"q has shape \(2,\), but the log-probs have shape \(6,\)"):
@@ -276,6 +333,19 @@ def test_bad_q_and_rule_are_refused():
         losses.napo_loss(*PAIR, q=0.5, noise_margin=PC)
     with pytest.raises(ValueError, match=r"rule must be one of \['paper', 'released'\], got 'papers'"):
         losses.napo_loss(*PAIR, rule="papers")
+
+
+def test_a_given_q_is_a_constant_and_may_differ_by_row():
+    rows = np.float32(RNG.uniform(0.1, 1.0, 6))
+    values, stats = losses.napo_loss(*PAIR, q=rows)
+    np.testing.assert_allclose(values, naive.box_cox(0.1 * (PC - RC - PR + RR), rows), rtol=1e-5)
+    np.testing.assert_array_equal(stats["q"], rows)
+    both = lambda q: (lambda values, stats: values.sum() + stats["q"].sum())(*losses.napo_loss(*PAIR, q=q))
+    assert not np.any(jax.grad(both)(jnp.asarray(rows)))
+    where = np.arange(6) != 2
+    values, stats = losses.napo_loss(*PAIR, q=np.where(where, rows, np.nan), where=where)
+    assert np.all(np.isfinite(stats["q"]))
+    assert values[2] == 0
 
 
 def test_weights_follow_the_margins():
@@ -293,11 +363,12 @@ def test_weights_follow_the_margins():
         ([-1, 3, 1], [0.01, 0.75, 0.25]),
         ([1e-30, 3e-30, 0], [0.25, 0.75, 0.01]),
         ([1e30, 1e30, 2e30], [0.25, 0.25, 0.5]),
+        ([np.nan, 1, 2], [np.nan, np.nan, np.nan]),  # what is not masked is not hidden
         ([999, 1, 0], [0.999, 0.01, 0.01]),
     ],
 )
 def test_weights_where_the_equation_says_nothing(means, want):
-    margins = np.float32(means)[:, None] * np.ones((1, 4), np.float32)
+    margins = np.float32(means)[:, None]
     np.testing.assert_allclose(losses.term_weights(margins), want, rtol=1e-6)
 
 
@@ -320,6 +391,10 @@ def test_mixed_references_as_published():
         want = extra + initial - np.log(a * np.exp(extra) + (1 - a) * np.exp(initial))
         got = losses.mixed_reference_logps(RC, RX, extra_weight=weight, clip_range=None)
         np.testing.assert_allclose(got, want, rtol=1e-6)
+    into = jax.grad(lambda r, e: losses.mixed_reference_logps(r, e).sum(), argnums=(0, 1))(RC, RX)
+    assert not np.any(into)
+    with pytest.raises(ValueError, match=r"extra_weight must be in \[0, 1\], got 1.5"):
+        losses.mixed_reference_logps(RC, RX, extra_weight=1.5)
     clipped = np.clip(extra, 1.05 * initial, 0.95 * initial)
     assert np.any(clipped != extra)
     want = -np.log(0.5 * np.exp(-initial) + 0.5 * np.exp(-clipped))

@@ -99,6 +99,10 @@ def test_vmap_measures_each_row_or_all_of_them():
     want = [napo_loss(*(array[i] for array in rows), **OPTIONS)[1]["q"] for i in range(8)]
     np.testing.assert_allclose(each_q, want, rtol=1e-6)
     assert np.ptp(each_q) > 0.01
+    gradient = jax.grad(
+        lambda pc: jax.vmap(lambda *a: napo_loss(*a, axis_name="i", **OPTIONS)[0], axis_name="i")(pc, *rows[1:]).sum()
+    )
+    check(gradient(jnp.asarray(rows[0])), one_device()[2][0])
     values, q = jax.vmap(
         lambda *a: (lambda v, s: (v, s["q"]))(*napo_loss(*a, axis_name="i", **OPTIONS)), axis_name="i"
     )(*rows)

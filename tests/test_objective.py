@@ -52,8 +52,10 @@ def test_cells_and_images_are_the_ones_that_the_terms_need():
     assert mdpo().image_variants == ("clean", "crop")
     assert mdpo().cell_image == (0, 0, 1)
     sft = Objective((Term("sft", sft_loss, "chosen"),))
-    assert (sft.cells, sft.cell_image, sft.needs_reference) == (("chosen",), (0,), False)
-    assert napo().needs_reference
+    assert (sft.cells, sft.cell_image, sft.reference_cells) == (("chosen",), (0,), ())
+    assert napo().reference_cells == napo().cells
+    three = Objective([Term(f"t{i}", anchor_loss, f"chosen@v{i}") for i in range(3)])
+    assert (three.image_variants, three.cell_image) == (("v0", "v1", "v2"), (0, 1, 2))
     assert split_cell("chosen@crop") == ("chosen", "crop")
     assert split_cell("chosen") == ("chosen", "clean")
 
@@ -73,9 +75,10 @@ def test_objectives_are_values():
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
-def test_napo_equals_the_naive_twin():
-    want, terms = naive.napo_objective(POLICY, REFERENCE)
-    loss, metrics = napo()(POLICY, REFERENCE)
+@pytest.mark.parametrize("beta", [0.1, 0.3])
+def test_napo_equals_the_naive_twin(beta):
+    want, terms = naive.napo_objective(POLICY, REFERENCE, beta)
+    loss, metrics = napo(beta)(POLICY, REFERENCE)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-6)
     for name, (term_loss, q, weight) in terms.items():
@@ -84,21 +87,50 @@ def test_napo_equals_the_naive_twin():
     assert len({round(float(weight), 3) for _, _, weight in terms.values()}) == 3  # the twin told them apart
 
 
-def test_napo_as_released_equals_the_naive_twin():
+@pytest.mark.parametrize("beta", [0.1, 0.3])
+def test_napo_as_released_equals_the_naive_twin(beta):
+    """On micro-batches, each with a q of its own."""
+
     def margin(other, kind):
         i = ("sum", "mean").index(kind)
         h = {c: np.float64(POLICY[c][i]) - np.float64(REFERENCE[c][i]) for c in ("chosen", other)}
-        return h["chosen"] - h[other]
+        return (h["chosen"] - h[other]).reshape(4, 2)
 
-    want = np.mean(-naive.log_sigmoid(0.1 * margin("rejected", "sum")))
-    q_language = naive.q_released(margin("question_only", "mean"), 0.5)
-    q_vision = naive.q_released(margin("image_only", "sum"), 0.01)
-    want += np.mean(naive.box_cox(0.1 * margin("question_only", "sum"), q_language))
-    want += np.mean(naive.box_cox(0.1 * margin("image_only", "sum"), q_vision))
-    loss, metrics = napo_released()(POLICY, REFERENCE)
+    want = np.mean(-naive.log_sigmoid(beta * margin("rejected", "sum")))
+    for other, alpha, kind in (("question_only", 0.5, "mean"), ("image_only", 0.01, "sum")):
+        q = np.array([naive.q_released(row, alpha) for row in margin(other, kind)])
+        want += np.mean(naive.box_cox(beta * margin(other, "sum"), q[:, None]))
+    cut = lambda source: {c: tuple(x.reshape(4, 2) for x in pair) for c, pair in source.items()}
+    loss, metrics = napo_released(beta)(cut(POLICY), cut(REFERENCE))
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     assert [metrics[f"{name}/weight"] for name in ("preference", "language_bias", "vision_bias")] == [1, 1, 1]
-    assert abs(float(loss - napo()(POLICY, REFERENCE)[0])) > 0.1  # the two are not the same thing
+    assert abs(float(loss - napo(beta)(POLICY, REFERENCE)[0])) > 0.1  # the two are not the same thing
+
+
+def test_dpo_smooths_its_labels():
+    h = {cell: np.float64(POLICY[cell][0]) - np.float64(REFERENCE[cell][0]) for cell in CELLS}
+    want = np.mean(naive.dpo(h["chosen"], h["rejected"], 0, 0, 0.2, 0.1))
+    np.testing.assert_allclose(dpo(0.2, 0.1)(POLICY, REFERENCE)[0], want, rtol=1e-6)
+
+
+def test_a_fixed_q_is_an_option():
+    term = Term("t", napo_loss, "chosen", "rejected", margin="mean", options={"q": 0.3, "beta": 0.2})
+    h = {cell: np.float64(POLICY[cell][0]) - np.float64(REFERENCE[cell][0]) for cell in CELLS}
+    loss, metrics = Objective((term,))(POLICY, REFERENCE)
+    np.testing.assert_allclose(loss, np.mean(naive.box_cox(0.2 * (h["chosen"] - h["rejected"]), 0.3)), rtol=1e-6)
+    np.testing.assert_allclose(metrics["t/q"], 0.3)
+
+
+def test_dynamic_weights_compare_rewards():
+    """Terms of different beta: gamma goes by beta times the margin (psi of Eq. 2), not by the margin alone."""
+    terms = [
+        Term("a", dpo_loss, "chosen", "rejected", weight="dynamic", options={"beta": 0.1}),
+        Term("b", dpo_loss, "chosen", "image_only", weight="dynamic", options={"beta": 0.4}),
+    ]
+    h = {cell: np.float64(POLICY[cell][0]) - np.float64(REFERENCE[cell][0]) for cell in CELLS}
+    want = naive.gamma([0.1 * (h["chosen"] - h["rejected"]), 0.4 * (h["chosen"] - h["image_only"])])
+    _, metrics = Objective(terms)(POLICY, REFERENCE)
+    np.testing.assert_allclose([metrics["a/weight"], metrics["b/weight"]], want, rtol=1e-6)
 
 
 def test_every_term_reports():
@@ -129,7 +161,7 @@ def test_at_step_zero():
         np.testing.assert_allclose(loss, weight * (np.log(2) + 2 * at_zero), rtol=1e-6)
         for name in ("preference", "language_bias", "vision_bias"):
             np.testing.assert_allclose(metrics[f"{name}/weight"], weight, rtol=1e-6)
-            for key in ("margin", "chosen_reward", "rejected_reward"):
+            for key in ("margin", "accuracy", "chosen_reward", "rejected_reward"):
                 assert metrics[f"{name}/{key}"] == 0
 
 
@@ -158,28 +190,28 @@ def test_metrics_carry_no_gradient():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-def test_a_masked_cell_takes_its_terms_out_and_no_others():
+@pytest.mark.parametrize("rotten_cell", ["chosen", "rejected", "question_only", "image_only"])
+def test_a_masked_cell_takes_its_terms_out_and_no_others(rotten_cell):
     """B4 again, one level up: an empty question_only answer must not touch the preference term or any statistic."""
-    where = {cell: np.ones(8, bool) for cell in CELLS}
-    where["question_only"] = np.arange(8) != 3
-    spoilt = {
-        **POLICY,
-        "question_only": tuple(np.where(where["question_only"], x, np.nan) for x in POLICY["question_only"]),
-    }
+    keep = np.arange(8) != 3
+    where = {cell: keep if cell == rotten_cell else np.ones(8, bool) for cell in CELLS}
+    spoilt = {**POLICY, rotten_cell: tuple(np.where(keep, x, np.nan) for x in POLICY[rotten_cell])}
     loss, metrics = napo()(spoilt, REFERENCE, where=where)
     _, clean = napo()(POLICY, REFERENCE)
-    keep = where["question_only"]
-    rest = [{c: tuple(x[keep] for x in source[c]) for c in CELLS} for source in (POLICY, REFERENCE)]
-    _, without = napo()(*rest)
-    for key in ("loss", "margin", "accuracy", "q", "chosen_reward", "rejected_reward"):
-        np.testing.assert_allclose(metrics[f"language_bias/{key}"], without[f"language_bias/{key}"], rtol=1e-6)
-        np.testing.assert_array_equal(metrics[f"preference/{key}"], clean[f"preference/{key}"])
-        np.testing.assert_array_equal(metrics[f"vision_bias/{key}"], clean[f"vision_bias/{key}"])
-    np.testing.assert_allclose(metrics["language_bias/valid"], 7 / 8)
+    _, without = napo()(*[{c: tuple(x[keep] for x in source[c]) for c in CELLS} for source in (POLICY, REFERENCE)])
+    for term in napo().terms:
+        hit = rotten_cell in term.cells
+        np.testing.assert_allclose(metrics[f"{term.name}/valid"], 7 / 8 if hit else 1)
+        for key in ("loss", "margin", "accuracy", "q", "chosen_reward", "rejected_reward"):
+            want = without if hit else clean
+            np.testing.assert_allclose(metrics[f"{term.name}/{key}"], want[f"{term.name}/{key}"], rtol=1e-5)
+    psi = {t.name: (without if rotten_cell in t.cells else clean)[f"{t.name}/margin"] for t in napo().terms}
+    for name, margin in psi.items():
+        np.testing.assert_allclose(metrics[f"{name}/weight"], margin / sum(psi.values()), rtol=1e-5)
     gradient = jax.grad(lambda policy: napo()(policy, REFERENCE, where=where)[0])(spoilt)
     assert np.isfinite(loss)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
-    assert gradient["question_only"][0][3] == 0
+    assert gradient[rotten_cell][0][3] == 0
 
 
 def test_nothing_valid_is_zero():
@@ -203,12 +235,27 @@ def test_batch_scope_ignores_how_the_batch_was_cut():
 def test_microbatch_scope_is_the_mean_of_microbatches():
     objective = dataclasses.replace(napo(), noise_scope="microbatch")
     cut = lambda source, i=slice(None): {c: tuple(x.reshape(4, 2)[i] for x in pair) for c, pair in source.items()}
-    loss, metrics = objective(cut(POLICY), cut(REFERENCE))
+    loss, metrics = objective({**cut(POLICY), "not asked for": "anything"}, cut(REFERENCE))
     each = [objective(cut(POLICY, i), cut(REFERENCE, i)) for i in range(4)]
     np.testing.assert_allclose(loss, np.mean([one[0] for one in each]), rtol=1e-6)
     for name in metrics:
         np.testing.assert_allclose(metrics[name], np.mean([one[1][name] for one in each]), rtol=1e-5, atol=1e-7)
     assert abs(float(loss - napo()(POLICY, REFERENCE)[0])) > 1e-3
+
+
+def test_a_microbatch_with_nothing_valid_is_not_averaged_in():
+    objective = dataclasses.replace(napo_released(), noise_scope="microbatch")
+    cut = lambda source, i=slice(None): {c: tuple(x.reshape(4, 2)[i] for x in pair) for c, pair in source.items()}
+    where = {cell: np.ones((4, 2), bool) for cell in CELLS}
+    where["question_only"] = np.array([[True, True], [False, False], [True, True], [True, True]])
+    loss, metrics = objective(cut(POLICY), cut(REFERENCE), where=where)
+    each = [objective(cut(POLICY, i), cut(REFERENCE, i))[1] for i in range(4)]
+    for key in ("loss", "q", "margin", "accuracy", "chosen_reward"):
+        want = np.mean([each[i][f"language_bias/{key}"] for i in (0, 2, 3)])
+        np.testing.assert_allclose(metrics[f"language_bias/{key}"], want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["language_bias/valid"], 0.75)
+    want = sum(metrics[f"{name}/loss"] for name in ("preference", "language_bias", "vision_bias"))
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["batch", "microbatch"])
@@ -290,6 +337,7 @@ def test_many_cells_in_one_term():
         nearest = h["chosen"] - rejected.max(axis=0)
         np.testing.assert_allclose(metrics["cells/margin"], nearest.mean(), rtol=1e-5)
         np.testing.assert_allclose(metrics["cells/accuracy"], (nearest > 0).mean())
+        np.testing.assert_allclose(metrics["cells/rejected_reward"], 0.1 * rejected.max(axis=0).mean(), rtol=1e-5)
         assert hash(objective) is not None
 
 
@@ -300,12 +348,23 @@ def test_losses_without_a_reference_on_token_means():
             Term("sft", sft_loss, "chosen", weight=0.2, logps="mean"),
         )
     )
-    assert not objective.needs_reference
+    assert objective.reference_cells == ()
     loss, metrics = objective(POLICY)
     chosen, rejected = (np.float64(POLICY[cell][1]) for cell in ("chosen", "rejected"))
     want = np.mean(naive.simpo(chosen, rejected, 2.0, 0.5)) - 0.2 * np.mean(chosen)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     np.testing.assert_allclose(metrics["simpo/margin"], (chosen - rejected).mean(), rtol=1e-5)
+
+
+def test_a_term_reads_the_reference_only_if_its_loss_does():
+    """So a neighbour that needs one changes nothing, and the reference model scores no cell in vain."""
+    simpo = Term("simpo", simpo_loss, "chosen", "rejected")
+    mixed = Objective((simpo, Term("dpo", dpo_loss, "chosen", "image_only"), Term("sft", sft_loss, "chosen@crop")))
+    assert mixed.reference_cells == ("chosen", "image_only")
+    _, metrics = mixed(POLICY, {cell: REFERENCE[cell] for cell in mixed.reference_cells})
+    _, alone = Objective((simpo,))(POLICY)
+    assert [metrics[name] == alone[name] for name in alone if name != "loss"] == [True] * (len(alone) - 1)
+    np.testing.assert_allclose(metrics["sft/margin"], np.mean(POLICY["chosen@crop"][0]), rtol=1e-6)
 
 
 def test_a_method_from_outside_needs_one_function_and_one_term():
@@ -344,20 +403,67 @@ def test_fixed_and_dynamic_weights_mix():
         (lambda: Term("t", single_sigmoid_loss, "chosen", ("a", "b")), "needs the option 'rejected_weights'"),
         (
             lambda: Term("t", dpo_loss, "chosen", "rejected", weight="dyn"),
-            "weight must be a number or 'dynamic', got 'dyn'",
+            "weight must be a finite number or 'dynamic', got 'dyn'",
         ),
-        (lambda: Term("t", anchor_loss, "chosen", weight="dynamic"), "a dynamic weight needs the margin of two cells"),
+        (
+            lambda: Term("t", anchor_loss, "chosen", weight="dynamic"),
+            "needs the summed margin of two cells",
+        ),
         (lambda: Term("t", dpo_loss, "chosen", "rejected", margin="avg"), "margin must be 'sum' or 'mean', got 'avg'"),
         (lambda: Objective(()), "at least one term"),
         (lambda: Objective(napo().terms * 2), "need different names"),
         (lambda: mdpo(noise_scope="micro"), "noise_scope must be 'batch' or 'microbatch', got 'micro'"),
         (lambda: napo()({"chosen": POLICY["chosen"]}, REFERENCE), r"policy lacks the cells \['rejected', "),
-        (lambda: napo()(POLICY), "need reference log-probs"),
+        (lambda: napo()(POLICY), r"reference lacks the cells \['chosen', .*it has \[\]"),
         (lambda: napo()(POLICY, REFERENCE, where={"chosen": np.ones(8, bool)}), "where lacks the cells"),
         (lambda: napo()(batch(0, (2, 2, 2)), batch(1, (2, 2, 2))), r"must be \[B\] or \[A, B\], got 3 dimensions"),
         (
             lambda: napo()({**POLICY, "rejected": (np.float32([1.0]), np.float32([1.0]))}, REFERENCE),
-            r"rejected has shape \(1,\), but chosen has shape \(8,\)",
+            r"policy\['rejected'\] sum has shape \(1,\), but policy\['chosen'\] sum has shape \(8,\)",
+        ),
+        (
+            lambda: dpo()(POLICY, {**REFERENCE, "rejected": (np.float32([1.0]), np.float32([1.0]))}),
+            r"reference\['rejected'\] sum has shape \(1,\), but policy\['chosen'\] sum has shape \(8,\)",
+        ),
+        (
+            lambda: dpo()(POLICY, REFERENCE, where={"chosen": np.ones(5, bool), "rejected": np.ones(8, bool)}),
+            r"where has shape \(5,\), but policy\['chosen'\] has shape \(8,\)",
+        ),
+        (
+            lambda: dpo()(POLICY, REFERENCE, where={"chosen": np.ones(8), "rejected": np.ones(8, bool)}),
+            "where must be bool, got float32",
+        ),
+        (lambda: Term("t", dpo_loss, "chosen", ("rejected", "image_only")), "does not take these cells"),
+        (lambda: Term("t", softmax_preference_loss, "chosen", "rejected"), "does not take these cells"),
+        (lambda: Term("t", dpo_loss, "chosen", "chosen"), r"its cells must differ, got \('chosen', 'chosen'\)"),
+        (lambda: Term("t", dpo_loss, "chosen", "rejected@clean"), "write 'rejected' for 'rejected@clean'"),
+        (lambda: Term("", dpo_loss, "chosen", "rejected"), "a name must be a lower-case word, got ''"),
+        (lambda: Term("t", dpo_loss, "chosen", "rejected", weight=float("nan")), "weight must be a finite number"),
+        (
+            lambda: Term("t", napo_loss, "chosen", "rejected", weight="dynamic", logps="mean"),
+            "needs the summed margin of two cells",
+        ),
+        (
+            lambda: Term("t", lambda policy_chosen_logps, **rest: None, "chosen"),
+            r"must name all it takes, got the parameter \*\*rest",
+        ),
+        (
+            lambda: Term("t", lambda policy_chosen_logps, policy_rejected_logps: (0, {}), "chosen", "a"),
+            "does not take these cells and options",
+        ),
+        (
+            lambda: Term(
+                "t",
+                lambda policy_chosen_logps, policy_rejected_logps: (policy_chosen_logps, {}),
+                "chosen",
+                "a",
+                "dynamic",
+            ),
+            r"needs chosen_rewards and rejected_rewards, got the stats \[\]",
+        ),
+        (
+            lambda: Term("t", dpo_loss, "chosen", "rejected", options={"label_smoothing": 1.5}),
+            r"label_smoothing must be in \[0, 1\), got 1.5",
         ),
     ],
 )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from napo_jax.losses.inputs import log_ratio, masked, prepare, rewards
+from napo_jax.losses.inputs import log_ratio, masked, prepare, rewards, scaled
 
 
 def sft_loss(policy_chosen_logps, *, where=None):
@@ -17,7 +17,7 @@ def sft_loss(policy_chosen_logps, *, where=None):
       losses: float32[B], 0 where masked.
       stats: an empty dict; there is no reward without a reference.
     """
-    (logps,) = prepare(where, policy_chosen_logps=policy_chosen_logps)
+    (logps,), where = prepare(where, {"policy_chosen_logps": policy_chosen_logps})
     return masked(-logps, where), {}
 
 
@@ -37,32 +37,31 @@ def anchor_loss(policy_chosen_logps, reference_chosen_logps, *, beta=0.1, delta=
       losses: float32[B], 0 where masked.
       stats: dict of `chosen_rewards` float32[B], a constant to the gradient.
     """
-    policy, reference = prepare(
-        where, policy_chosen_logps=policy_chosen_logps, reference_chosen_logps=reference_chosen_logps
+    (policy, reference), where = prepare(
+        where, {"policy_chosen_logps": policy_chosen_logps, "reference_chosen_logps": reference_chosen_logps}
     )
     h_chosen = log_ratio(policy, reference)
-    losses = -jax.nn.log_sigmoid(beta * h_chosen - delta)
+    losses = -jax.nn.log_sigmoid(scaled(beta, h_chosen) - delta)
     return masked(losses, where), rewards(beta, chosen_rewards=h_chosen)
 
 
 def _several_log_ratios(where, policy_chosen, policy_rejected, reference_chosen, reference_rejected):
-    """Returns h float[B] of the chosen cell and h float[K, B] of the rejected ones."""
+    """Returns h float[B] of the chosen cell, h float[K, B] of the rejected ones, and `where`, all prepared."""
     if len(policy_rejected) != len(reference_rejected) or len(policy_rejected) == 0:
         raise ValueError(
             f"policy_rejected_logps has {len(policy_rejected)} cells and reference_rejected_logps "
             f"{len(reference_rejected)}: they need the same number, at least one"
         )
     count = len(policy_rejected)
-    logps = prepare(
+    logps, where = prepare(
         where,
-        policy_chosen_logps=policy_chosen,
-        **{f"policy_rejected_logps[{k}]": cell for k, cell in enumerate(policy_rejected)},
-        reference_chosen_logps=reference_chosen,
-        **{f"reference_rejected_logps[{k}]": cell for k, cell in enumerate(reference_rejected)},
+        {"policy_chosen_logps": policy_chosen}
+        | {f"policy_rejected_logps[{k}]": cell for k, cell in enumerate(policy_rejected)}
+        | {"reference_chosen_logps": reference_chosen}
+        | {f"reference_rejected_logps[{k}]": cell for k, cell in enumerate(reference_rejected)},
     )
-    policy, reference = jnp.stack(logps[: 1 + count]), jnp.stack(logps[1 + count :])
-    h = log_ratio(policy, reference)
-    return h[0], h[1:]
+    h = log_ratio(jnp.stack(logps[: 1 + count]), jnp.stack(logps[1 + count :]))
+    return h[0], h[1:], where
 
 
 def softmax_preference_loss(
@@ -93,10 +92,10 @@ def softmax_preference_loss(
       losses: float32[B], 0 where masked.
       stats: dict of `chosen_rewards` float32[B] and `rejected_rewards` float32[K, B], constants to the gradient.
     """
-    h_chosen, h_rejected = _several_log_ratios(
+    h_chosen, h_rejected, where = _several_log_ratios(
         where, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
-    scores = beta * jnp.concatenate([h_chosen[None], h_rejected])
+    scores = scaled(beta, jnp.concatenate([h_chosen[None], h_rejected]))
     losses = jax.nn.logsumexp(scores, axis=0) - scores[0]
     return masked(losses, where), rewards(beta, chosen_rewards=h_chosen, rejected_rewards=h_rejected)
 
@@ -136,13 +135,14 @@ def single_sigmoid_loss(
       losses: float32[B], 0 where masked.
       stats: dict of `chosen_rewards` float32[B] and `rejected_rewards` float32[K, B], constants to the gradient.
     """
-    h_chosen, h_rejected = _several_log_ratios(
+    h_chosen, h_rejected, where = _several_log_ratios(
         where, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
     if len(rejected_weights) != len(h_rejected):
         raise ValueError(f"rejected_weights has {len(rejected_weights)} numbers for {len(h_rejected)} rejected cells")
     margin = chosen_weight * h_chosen - sum(b * h for b, h in zip(rejected_weights, h_rejected, strict=True))
     if offset is not None:
-        margin = margin + prepare(where, policy_chosen_logps=policy_chosen_logps, offset=offset)[1]
-    losses = -jax.nn.log_sigmoid(beta * margin)
+        (_, offset), _ = prepare(where, {"policy_chosen_logps": policy_chosen_logps, "offset": offset})
+        margin = margin + offset.astype(margin.dtype)
+    losses = -jax.nn.log_sigmoid(scaled(beta, margin))
     return masked(losses, where), rewards(beta, chosen_rewards=h_chosen, rejected_rewards=h_rejected)

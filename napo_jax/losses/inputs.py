@@ -2,18 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def prepare(where, **arrays):
+def prepare(where, arrays):
     """Checks that arrays are floating and equally shaped, then converts and masks them.
 
     Args:
       where: bool[...] or None; examples to keep.
-      **arrays: float[...] each, all of one shape; the keys name them in error messages.
+      arrays: {name: float[...]}, all of one shape; the names are for error messages.
 
     Returns:
       The arrays in their order, float32 (float64 if any of them is), with 0 where `where` is False. Masking the inputs
       and not only the result is what keeps a NaN out of the gradient: 0 times NaN is NaN.
+      `where` as an array, or None.
     """
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     expected_name, expected = next(iter(arrays.items()))
@@ -23,11 +25,11 @@ def prepare(where, **arrays):
         if array.shape != expected.shape:
             raise ValueError(f"{name} has shape {array.shape}, but {expected_name} has shape {expected.shape}")
     dtype = jnp.float64 if any(array.dtype == jnp.float64 for array in arrays.values()) else jnp.float32
-    converted = (array.astype(dtype) for array in arrays.values())
+    converted = [array.astype(dtype) for array in arrays.values()]
     if where is None:
-        return tuple(converted)
+        return converted, None
     where = check_where(where, expected.shape, expected_name)
-    return tuple(jnp.where(where, array, 0) for array in converted)
+    return [jnp.where(where, array, 0) for array in converted], where
 
 
 def check_where(where, shape, name):
@@ -40,6 +42,12 @@ def check_where(where, shape, name):
     return where
 
 
+def check_range(name, value, inside, words):
+    """Raises if a value is known and not all of it is inside; inside jit it may not be known."""
+    if not isinstance(value, jax.core.Tracer) and not np.all(inside(np.asarray(value))):
+        raise ValueError(f"{name} must be {words}, got {value}")
+
+
 def masked(losses, where):
     """Returns the losses with 0 where `where` is False."""
     return losses if where is None else jnp.where(where, losses, 0)
@@ -50,6 +58,25 @@ def log_ratio(policy, reference):
     return policy - jax.lax.stop_gradient(reference)
 
 
+def pair_log_ratios(where, policy_chosen, policy_rejected, reference_chosen, reference_rejected):
+    """Returns h of the chosen and of the rejected answers, and `where`, all prepared."""
+    (policy_chosen, policy_rejected, reference_chosen, reference_rejected), where = prepare(
+        where,
+        {
+            "policy_chosen_logps": policy_chosen,
+            "policy_rejected_logps": policy_rejected,
+            "reference_chosen_logps": reference_chosen,
+            "reference_rejected_logps": reference_rejected,
+        },
+    )
+    return log_ratio(policy_chosen, reference_chosen), log_ratio(policy_rejected, reference_rejected), where
+
+
+def scaled(beta, h):
+    """Returns beta * h in the type of h, whatever type of number beta is."""
+    return jnp.asarray(beta, h.dtype) * h
+
+
 def rewards(beta, **log_ratios):
     """Returns {name: beta * h}, detached: rewards are for logs and weights, never for gradients."""
-    return {name: jax.lax.stop_gradient(beta * h) for name, h in log_ratios.items()}
+    return {name: jax.lax.stop_gradient(scaled(beta, h)) for name, h in log_ratios.items()}

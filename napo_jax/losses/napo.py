@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from napo_jax.losses.inputs import log_ratio, masked, prepare, rewards
+from napo_jax.losses.inputs import check_range, masked, pair_log_ratios, rewards, scaled
 from napo_jax.losses.statistics import noise_coefficient
 
 
@@ -44,9 +44,9 @@ def napo_loss(
 
         loss = (1 - sigmoid(z)^q) / q,    d loss / d z = -sigmoid(z)^q sigmoid(-z)
 
-    As q falls to 0 it becomes DPO's -log sigmoid(z); at q = 1 it is the MAE 1 - sigmoid(z), whose gradient leaves alone
-    the pairs that the policy finds wrong, as mislabelled pairs are. q is measured on the batch (Eq. 12, see
-    `noise_coefficient`) unless it is given.
+    As q falls to 0 it becomes DPO's -log sigmoid(z); at q = 1 it is the MAE 1 - sigmoid(z), whose gradient lets go of
+    pairs that the policy holds to be the wrong way round, because those are the ones likely mislabelled. q is measured
+    on the batch (Eq. 12, see `noise_coefficient`) unless it is given.
 
     Args:
       policy_chosen_logps: float[B] (or any shape, the same for all), summed log-probs of the chosen answers.
@@ -55,21 +55,22 @@ def napo_loss(
       reference_rejected_logps: float[B], the reference's of the rejected ones.
       beta: scale of the rewards.
       q: noise robustness in (0, 1], a number or float[B]. None measures it on the batch.
-      alpha: how fast q falls with the noise margin.
+      alpha: how fast q falls with the noise margin: the paper's 0.01 fits a summed margin, 0.5 a token mean.
       noise_margin: float[B], margin to measure the noise on, without beta. None takes the margin of the loss.
       rule: "paper" or "released", see `noise_coefficient`.
       where: bool[B] or None; valid pairs.
-      axis_name: mapped axis or axes over which q is measured, inside `shard_map`, `pmap` or `vmap`.
+      axis_name: mapped axis or axes over which q is measured, inside `shard_map`, `pmap` or `vmap`: those that the
+        batch is split over, and no others.
 
     Returns:
       losses: float32[B], 0 where masked. It is at most 1 / q.
-      stats: dict of `q` float32[] and of `chosen_rewards` and `rejected_rewards`, float32[B] each: beta times the
-        log-ratios. All are constants to the gradient.
+      stats: dict of `q` float32[] (or as given) and of `chosen_rewards` and `rejected_rewards`, float32[B] each: beta
+        times the log-ratios. All are constants to the gradient.
 
     Examples:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> from napo_jax import napo_loss
+          >>> from napo_jax import napo_loss
       >>> policy = jnp.array([-40.0, -52.0]), jnp.array([-44.0, -51.0])
       >>> reference = jnp.array([-42.0, -50.0]), jnp.array([-41.0, -50.0])
       >>> losses, stats = napo_loss(*policy, *reference)
@@ -96,35 +97,29 @@ def napo_loss(
       >>> print(f"{losses[0]:.4f} {qs[0]:.4f}")
       0.3128 0.4975
     """
-    logps = prepare(
-        where,
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        reference_chosen_logps=reference_chosen_logps,
-        reference_rejected_logps=reference_rejected_logps,
-        **({} if noise_margin is None else {"noise_margin": noise_margin}),
+    h_chosen, h_rejected, where = pair_log_ratios(
+        where, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected, *rest = logps
-    h_chosen = log_ratio(policy_chosen, reference_chosen)
-    h_rejected = log_ratio(policy_rejected, reference_rejected)
     margin = h_chosen - h_rejected
     if q is None:
-        q = noise_coefficient(
-            rest[0] if rest else margin, alpha=alpha, beta=beta, rule=rule, where=where, axis_name=axis_name
-        )
+        if noise_margin is None:
+            noise_margin = margin
+        elif jnp.shape(noise_margin) != margin.shape:
+            raise ValueError(f"noise_margin has shape {jnp.shape(noise_margin)}, but the log-probs {margin.shape}")
+        q = noise_coefficient(noise_margin, alpha=alpha, beta=beta, rule=rule, where=where, axis_name=axis_name)
+    elif noise_margin is not None:
+        raise ValueError("give q, or a noise_margin to measure it on, not both")
     else:
-        if noise_margin is not None:
-            raise ValueError("give q, or a noise_margin to measure it on, not both")
-        q = _fixed_coefficient(q, margin)
-    losses = masked(_box_cox(beta * margin, q), where)
+        q = _given_coefficient(q, margin, where)
+    losses = masked(_box_cox(scaled(beta, margin), q.astype(margin.dtype)), where)
     return losses, {"q": q, **rewards(beta, chosen_rewards=h_chosen, rejected_rewards=h_rejected)}
 
 
-def _fixed_coefficient(q, margin):
-    """Returns a given q as a constant; raises if it is known to lie outside (0, 1] or does not fit the batch."""
-    if isinstance(q, (int, float, np.generic, np.ndarray)) and not np.all((np.asarray(q) > 0) & (np.asarray(q) <= 1)):
-        raise ValueError(f"q must be in (0, 1], got {q}; its limit at 0 is dpo_loss")
-    q = jax.lax.stop_gradient(jnp.asarray(q, margin.dtype))
-    if q.shape not in ((), margin.shape):
-        raise ValueError(f"q has shape {q.shape}, but the log-probs have shape {margin.shape}")
-    return q
+def _given_coefficient(q, margin, where):
+    """Returns a given q as a constant; raises if it does not fit the batch, or is known to lie outside (0, 1]."""
+    if np.shape(q) not in ((), margin.shape):
+        raise ValueError(f"q has shape {np.shape(q)}, but the log-probs have shape {margin.shape}")
+    if np.ndim(q) and where is not None:
+        q = jnp.where(where, jnp.asarray(q, margin.dtype), 1)
+    check_range("q", q, lambda q: (q > 0) & (q <= 1), "in (0, 1] (its limit at 0 is dpo_loss)")
+    return jax.lax.stop_gradient(jnp.asarray(q, margin.dtype))

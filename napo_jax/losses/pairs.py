@@ -3,22 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from napo_jax.losses.inputs import log_ratio, masked, prepare, rewards
-
-
-def _pair_log_ratios(where, policy_chosen, policy_rejected, reference_chosen, reference_rejected):
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected = prepare(
-        where,
-        policy_chosen_logps=policy_chosen,
-        policy_rejected_logps=policy_rejected,
-        reference_chosen_logps=reference_chosen,
-        reference_rejected_logps=reference_rejected,
-    )
-    return log_ratio(policy_chosen, reference_chosen), log_ratio(policy_rejected, reference_rejected)
-
-
-def _pair_rewards(beta, h_chosen, h_rejected):
-    return rewards(beta, chosen_rewards=h_chosen, rejected_rewards=h_rejected)
+from napo_jax.losses.inputs import check_range, masked, pair_log_ratios, prepare, rewards, scaled
 
 
 def dpo_loss(
@@ -57,12 +42,13 @@ def dpo_loss(
       >>> print([f"{loss:.4f}" for loss in losses])
       ['0.4741']
     """
-    h_chosen, h_rejected = _pair_log_ratios(
+    h_chosen, h_rejected, where = pair_log_ratios(
         where, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
-    z = beta * (h_chosen - h_rejected)
+    check_range("label_smoothing", label_smoothing, lambda s: (s >= 0) & (s < 1), "in [0, 1)")
+    z = scaled(beta, h_chosen - h_rejected)
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
-    return masked(losses, where), _pair_rewards(beta, h_chosen, h_rejected)
+    return masked(losses, where), rewards(beta, chosen_rewards=h_chosen, rejected_rewards=h_rejected)
 
 
 def robust_dpo_loss(
@@ -75,7 +61,7 @@ def robust_dpo_loss(
     flip_rate,
     where=None,
 ):
-    """Computes the robust DPO loss, unbiased when a known share of labels is flipped (arXiv 2403.00409).
+    """Computes the robust DPO loss, unbiased when a known share of labels is flipped (rDPO, arXiv 2403.00409).
 
     With z = beta (h_chosen - h_rejected) and flip rate e:
 
@@ -94,14 +80,15 @@ def robust_dpo_loss(
       losses: float32[B], 0 where masked. They may be negative.
       stats: dict of `chosen_rewards` and `rejected_rewards`, float32[B] each, constants to the gradient.
     """
-    if not 0 <= flip_rate < 0.5:
-        raise ValueError(f"flip_rate must be in [0, 0.5), got {flip_rate}")
-    h_chosen, h_rejected = _pair_log_ratios(
+    check_range("flip_rate", flip_rate, lambda e: (e >= 0) & (e < 0.5), "in [0, 0.5)")
+    h_chosen, h_rejected, where = pair_log_ratios(
         where, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
-    z = beta * (h_chosen - h_rejected)
+    z = scaled(beta, h_chosen - h_rejected)
     losses = -(1 - flip_rate) * jax.nn.log_sigmoid(z) + flip_rate * jax.nn.log_sigmoid(-z)
-    return masked(losses / (1 - 2 * flip_rate), where), _pair_rewards(beta, h_chosen, h_rejected)
+    return masked(losses / (1 - 2 * flip_rate), where), rewards(
+        beta, chosen_rewards=h_chosen, rejected_rewards=h_rejected
+    )
 
 
 def ipo_loss(
@@ -130,11 +117,11 @@ def ipo_loss(
       losses: float32[B], 0 where masked.
       stats: dict of `chosen_rewards` and `rejected_rewards`, float32[B] each, constants to the gradient.
     """
-    h_chosen, h_rejected = _pair_log_ratios(
+    h_chosen, h_rejected, where = pair_log_ratios(
         where, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
-    losses = jnp.square(h_chosen - h_rejected - 1 / (2 * beta))
-    return masked(losses, where), _pair_rewards(beta, h_chosen, h_rejected)
+    losses = jnp.square(h_chosen - h_rejected - 0.5 / jnp.asarray(beta, h_chosen.dtype))
+    return masked(losses, where), rewards(beta, chosen_rewards=h_chosen, rejected_rewards=h_rejected)
 
 
 def hinge_loss(
@@ -162,11 +149,11 @@ def hinge_loss(
       losses: float32[B], 0 where masked.
       stats: dict of `chosen_rewards` and `rejected_rewards`, float32[B] each, constants to the gradient.
     """
-    h_chosen, h_rejected = _pair_log_ratios(
+    h_chosen, h_rejected, where = pair_log_ratios(
         where, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
-    losses = jax.nn.relu(1 - beta * (h_chosen - h_rejected))
-    return masked(losses, where), _pair_rewards(beta, h_chosen, h_rejected)
+    losses = jax.nn.relu(1 - scaled(beta, h_chosen - h_rejected))
+    return masked(losses, where), rewards(beta, chosen_rewards=h_chosen, rejected_rewards=h_rejected)
 
 
 def simpo_loss(policy_chosen_logps, policy_rejected_logps, *, beta=2.0, target_margin=1.0, where=None):
@@ -185,8 +172,8 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, *, beta=2.0, target_m
       losses: float32[B], 0 where masked.
       stats: dict of `chosen_rewards` and `rejected_rewards` (beta A), float32[B] each, constants to the gradient.
     """
-    chosen, rejected = prepare(
-        where, policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps
+    (chosen, rejected), where = prepare(
+        where, {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     )
-    losses = -jax.nn.log_sigmoid(beta * (chosen - rejected) - target_margin)
-    return masked(losses, where), _pair_rewards(beta, chosen, rejected)
+    losses = -jax.nn.log_sigmoid(scaled(beta, chosen - rejected) - target_margin)
+    return masked(losses, where), rewards(beta, chosen_rewards=chosen, rejected_rewards=rejected)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from napo_jax.losses.inputs import prepare
+from napo_jax.losses.inputs import check_range, prepare
 
 
 def mixed_reference_logps(reference_logps, extra_logps, *, extra_weight=0.5, clip_range=0.1):
@@ -39,8 +39,11 @@ def mixed_reference_logps(reference_logps, extra_logps, *, extra_weight=0.5, cli
       >>> print(f"{mixed_reference_logps(-50.0, -60.0):.3f}")
       -54.314
     """
-    reference, extra = jax.lax.stop_gradient(prepare(None, reference_logps=reference_logps, extra_logps=extra_logps))
+    check_range("extra_weight", extra_weight, lambda w: (w >= 0) & (w <= 1), "in [0, 1]")
+    (reference, extra), _ = prepare(None, {"reference_logps": reference_logps, "extra_logps": extra_logps})
     if clip_range is not None:
+        clip_range = jnp.asarray(clip_range, extra.dtype)
         extra = jnp.clip(extra, reference * (1 + clip_range), reference * (1 - clip_range))
-    weights = jnp.stack([jnp.broadcast_to(1 - extra_weight, extra.shape), jnp.broadcast_to(extra_weight, extra.shape)])
-    return -jax.nn.logsumexp(-jnp.stack([reference, extra]), b=weights.astype(extra.dtype), axis=0)
+    weight = jnp.broadcast_to(jnp.asarray(extra_weight, extra.dtype), extra.shape)
+    mixed = -jax.nn.logsumexp(-jnp.stack([reference, extra]), b=jnp.stack([1 - weight, weight]), axis=0)
+    return jax.lax.stop_gradient(mixed)

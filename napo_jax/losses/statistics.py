@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from napo_jax.losses.inputs import check_where, prepare
+from napo_jax.losses.inputs import prepare
 
 
 def batch_mean(values, where=None, axis_name=None):
@@ -17,12 +17,11 @@ def batch_mean(values, where=None, axis_name=None):
       axis_name: mapped axis or axes to average over too, inside `shard_map`, `pmap` or `vmap`.
 
     Returns:
-      float[]: the mean, or 0 if nothing is valid.
+      float32[]: the mean, or 0 if nothing is valid.
     """
-    if where is None:
-        total, count = jnp.sum(values), jnp.asarray(values.size, values.dtype)
-    else:
-        total, count = jnp.sum(jnp.where(where, values, 0)), jnp.sum(where.astype(values.dtype))
+    (values,), where = prepare(where, {"values": values})
+    count = jnp.asarray(values.size if where is None else jnp.sum(where), values.dtype)
+    total = jnp.sum(values)
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
     return total / jnp.maximum(count, 1)
@@ -73,9 +72,8 @@ def noise_coefficient(margin, *, alpha, beta=0.1, rule="paper", where=None, axis
     """
     if rule not in _COEFFICIENT_RULES:
         raise ValueError(f"rule must be one of {sorted(_COEFFICIENT_RULES)}, got {rule!r}")
-    (margin,) = prepare(where, margin=margin)
-    where = None if where is None else jnp.asarray(where)
-    mean_margin = batch_mean(jax.lax.stop_gradient(margin), where, axis_name)
+    mean_margin = batch_mean(margin, where, axis_name)
+    alpha, beta = (jnp.asarray(number, mean_margin.dtype) for number in (alpha, beta))
     return jax.lax.stop_gradient(_COEFFICIENT_RULES[rule](mean_margin, alpha, beta))
 
 
@@ -86,11 +84,11 @@ def term_weights(margins, *, where=None, axis_name=None, floor=0.01, cap=1.0):
     of the whole batch. The equation says nothing of two cases, so this is the rule:
 
     * A negative psi counts as 0: a term that points the wrong way keeps the floor, and takes nothing from the others.
-    * If no psi is positive, every weight is 1 / K. So it is at step 0, where the policy is the reference and Eq. 13
-      would be 0 / 0.
+    * If no psi is positive, every weight is 1 / K before clipping. So it is at step 0, where the policy is the
+      reference and Eq. 13 would be 0 / 0.
 
-    The weights are clipped and not normalised again, as in the paper: their sum is at least 1 - K * floor and at most
-    1 + K * floor.
+    The weights are clipped and not normalised again, as in the paper: with the default cap their sum is between 1 and
+    1 + (K - 1) floor.
 
     Args:
       margins: float[K, ...], summed margins of K terms. A factor that all terms share, such as beta, cancels.
@@ -110,17 +108,12 @@ def term_weights(margins, *, where=None, axis_name=None, floor=0.01, cap=1.0):
       >>> print(term_weights(jnp.array([[-9.0], [4.0], [0.0]])))
       [0.01 1. 0.01]
     """
-    (margins,) = prepare(where, margins=margins)
+    (margins,), where = prepare(where, {"margins": margins})
     if margins.ndim < 1 or margins.shape[0] == 0:
         raise ValueError(f"margins must be float[K, ...] with K > 0, got shape {margins.shape}")
-    margins = jax.lax.stop_gradient(margins)
-    if where is None:
-        means = jnp.stack([batch_mean(row, None, axis_name) for row in margins])
-    else:
-        where = check_where(where, margins.shape, "margins")
-        means = jnp.stack([batch_mean(row, valid, axis_name) for row, valid in zip(margins, where, strict=True)])
+    valid = [None] * len(margins) if where is None else where
+    means = jnp.stack([batch_mean(*row, axis_name) for row in zip(margins, valid, strict=True)])
     positive = jnp.maximum(means, 0)
     total = jnp.sum(positive)
-    known = total > 0
-    share = jnp.where(known, positive / jnp.where(known, total, 1), 1 / len(means))
-    return jnp.clip(share, floor, cap)
+    share = jnp.where(total <= 0, 1 / len(means), positive / total)
+    return jax.lax.stop_gradient(jnp.clip(share, floor, cap))
