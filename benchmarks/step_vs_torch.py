@@ -170,7 +170,7 @@ def main():
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, {options.groups} group(s) a step")
     with tempfile.TemporaryDirectory() as folder:
         net.save_pretrained(folder)
-        model, params = load_pretrained(folder, dtype=jnp.float32, remat="none")
+        model, params = load_pretrained(folder, dtype=jnp.float32, remat="dots")
     groups = made_up_batch(options.groups)
     frozen = {"vision": params.pop("vision")}
 

@@ -72,62 +72,112 @@ def _obstacle(backend, platform, q, layout):
 
 def _xla(q, k, v, layout, prefix_lengths, answer_lengths):
     del answer_lengths  # padding comes last in an answer, so causality hides it
-    heads, groups, width = q.shape[2], k.shape[2], q.shape[3]
-    q = q * np.float32(width**-0.5).astype(q.dtype)
-    q = q.reshape(*q.shape[:2], groups, heads // groups, width)
+    batch, _, heads, width = q.shape
+    groups = k.shape[2]
+    q = (q * np.float32(width**-0.5).astype(q.dtype)).reshape(batch, -1, groups, heads // groups, width)
     (q_prefix, q_answer), (k_prefix, k_answer), (v_prefix, v_answer) = (layout.split(x) for x in (q, k, v))
-
     # Heads go in front of tokens, so that no array of scores is ever transposed.
-    q_prefix = jnp.einsum("bmpgrk->bmgrpk", q_prefix)
-    k_prefix, v_prefix = (jnp.einsum("bmsgk->bmgsk", x) for x in (k_prefix, v_prefix))
-    scores = _scores("bmgrpk,bmgsk->bmgrps", q_prefix, k_prefix, np.tri(layout.prefix_tokens, dtype=bool))
-    out_prefix = _attention_over([(scores, "bmgrps,bmgsk->bmgrpk", v_prefix)])
-    out_prefix = jnp.einsum("bmgrpk->bmpgrk", out_prefix)
-    if not layout.cells:
-        return out_prefix.reshape(q.shape[0], layout.tokens, heads, width)
+    q_prefix, q_answer = (x.transpose(0, 1, 3, 4, 2, 5) for x in (q_prefix, q_answer))  # [B, M or C, G, R, tokens, K]
+    k_prefix, v_prefix, k_answer, v_answer = (
+        x.transpose(0, 1, 3, 2, 4)
+        for x in (k_prefix, v_prefix, k_answer, v_answer)  # [B, M or C, G, tokens, K]
+    )
 
-    k_answer, v_answer = (jnp.einsum("bcugk->bgcuk", x) for x in (k_answer, v_answer))
-    outs = {}
+    out_prefix = []
+    for start, stop in _query_blocks(layout.prefix_tokens):
+        causal = np.arange(start, stop)[:, None] >= np.arange(stop)[None]
+        part = (k_prefix[:, :, :, :stop], v_prefix[:, :, :, :stop], causal)
+        out_prefix.append(_attention_over(q_prefix[:, :, :, :, start:stop], [part]))
+    out_prefix = jnp.concatenate(out_prefix, axis=4)
+
+    out_answer = [None] * layout.cells
+    own_causal = np.tri(layout.answer_tokens, dtype=bool)
     # The cells of one image meet its keys in one product, and its keys are never copied per cell.
     for image in sorted(set(layout.cell_image)):
-        cells = np.array([cell for cell, its_image in enumerate(layout.cell_image) if its_image == image])
-        queries = jnp.einsum("bctgrk->bgrctk", q_answer[:, cells])
+        cells = [cell for cell, its_image in enumerate(layout.cell_image) if its_image == image]
+        queries, keys, values = (jnp.stack([x[:, c] for c in cells], axis=2) for x in (q_answer, k_answer, v_answer))
         seen = (jnp.arange(layout.prefix_tokens)[None] < prefix_lengths[:, image, None])[:, None, None, None, None]
-        on_prefix = _scores("bgrctk,bgsk->bgrcts", queries, k_prefix[:, image], seen)
-        on_itself = _scores(
-            "bgrctk,bgcuk->bgrctu", queries, k_answer[:, :, cells], np.tri(layout.answer_tokens, dtype=bool)
-        )
-        out = _attention_over(
-            [
-                (on_prefix, "bgrcts,bgsk->bgrctk", v_prefix[:, image]),
-                (on_itself, "bgrctu,bgcuk->bgrctk", v_answer[:, :, cells]),
-            ]
-        )
-        outs |= dict(zip(cells, jnp.einsum("bgrctk->cbtgrk", out), strict=True))
-    out_answer = jnp.stack([outs[cell] for cell in range(layout.cells)], axis=1)
-    out = layout.join(out_prefix, out_answer)
-    return out.reshape(*out.shape[:2], heads, width)
+        on_prefix = (k_prefix[:, image], v_prefix[:, image], seen)
+        out = _attention_over(queries, [on_prefix, (keys, values, own_causal)])  # [B, G, C, R, T, K]
+        for i, cell in enumerate(cells):
+            out_answer[cell] = out[:, :, i]
+    out_answer = jnp.stack(out_answer, axis=1) if layout.cells else q_answer
+    out = layout.join(*(x.transpose(0, 1, 4, 2, 3, 5) for x in (out_prefix, out_answer)))
+    return out.reshape(batch, layout.tokens, heads, width)
 
 
-def _scores(product, q, k, visible):
-    """Returns float32 scores, the lowest number where the key is not visible."""
-    scores = jnp.einsum(product, q, k, preferred_element_type=jnp.float32)
-    visible = visible.reshape((1,) * (scores.ndim - visible.ndim) + visible.shape)
-    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+def _query_blocks(tokens):
+    """Splits a long causal square into four bands of queries; each leaves out the keys that none of it may see."""
+    size = -(-tokens // 4) if tokens >= 256 else max(tokens, 1)
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def _attention_over(parts):
-    """Softmax over the last axes of several parts (scores, product with the values, values) taken together.
+def _attention_over(q, parts):
+    """Softmax attention over several parts (keys, values, visible) taken together.
 
-    The parts are not concatenated, and the sum divides the small result and not the probabilities.
+    Keys [..., S, K] may have fewer leading axes than the queries [..., R, T, K]: the further ones then count as more
+    queries. The parts are not concatenated, and their sum divides the small result and not the weights.
     """
-    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s, _, _ in parts]))
+    scores = []
+    for keys, _, visible in parts:
+        score = _per_key(q, keys, _dot_keys)
+        visible = visible.reshape((1,) * (score.ndim - visible.ndim) + visible.shape)
+        scores.append(jnp.where(visible, score, jnp.finfo(jnp.float32).min))
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores]))
     out = total = 0.0
-    for scores, product, values in parts:
-        weights = jnp.exp(scores - top)
+    for score, (_, values, _) in zip(scores, parts, strict=True):
+        weights = jnp.exp(score - top)
         total += weights.sum(axis=-1, keepdims=True)
-        out += jnp.einsum(product, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return (out / total).astype(parts[0][2].dtype)
+        out += _per_key(weights.astype(values.dtype), values, _mix_values)
+    return (out / total).astype(q.dtype)
+
+
+def _per_key(x, keys, product):
+    """Applies a product of [N, Q, .] and [N, S, K], folding the axes around it; returns float32."""
+    lead = keys.shape[:-2]
+    out = product(x.reshape(np.prod(lead, dtype=int), -1, x.shape[-1]), keys.reshape(-1, *keys.shape[-2:]))
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _batched(x, y, contract):
+    """Multiplies [N, ., .] by [N, ., .] over one axis each, with a float32 result."""
+    return jax.lax.dot_general(x, y, ((contract[:1], contract[1:]), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+# The two products and their derivatives, with the large array (of queries by keys) in its stored order in each: left to
+# itself, the derivative by keys or values transposes it first, which costs more than the product.
+
+
+@jax.custom_vjp
+def _dot_keys(q, k):
+    """Maps [N, Q, K] and [N, S, K] to scores [N, Q, S]."""
+    return _batched(q, k, (2, 2))
+
+
+def _dot_keys_backward(residuals, slope):
+    q, k = residuals
+    slope = slope.astype(q.dtype)
+    d_k = jnp.swapaxes(_batched(q, slope, (1, 1)), 1, 2)
+    return _batched(slope, k, (2, 1)).astype(q.dtype), d_k.astype(k.dtype)
+
+
+_dot_keys.defvjp(lambda q, k: (_dot_keys(q, k), (q, k)), _dot_keys_backward)
+
+
+@jax.custom_vjp
+def _mix_values(weights, v):
+    """Maps [N, Q, S] and [N, S, K] to [N, Q, K]."""
+    return _batched(weights, v, (2, 1))
+
+
+def _mix_values_backward(residuals, slope):
+    weights, v = residuals
+    slope = slope.astype(v.dtype)
+    d_v = jnp.swapaxes(_batched(slope, weights, (1, 1)), 1, 2)
+    return _batched(slope, v, (2, 2)).astype(weights.dtype), d_v.astype(v.dtype)
+
+
+_mix_values.defvjp(lambda weights, v: (_mix_values(weights, v), (weights, v)), _mix_values_backward)
 
 
 def _cudnn(q, k, v, layout, prefix_lengths, answer_lengths, implementation="cudnn"):
