@@ -5,30 +5,33 @@
 
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint figures clean
 
-demo: $(STAMP)
+demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python examples/first_look.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-lint: $(STAMP)
+lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-figures: $(STAMP)
+figures: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/python docs/figures/loss_shape.py
 
-# The stamp is written last, so that an interrupted installation is done again.
-$(STAMP): pyproject.toml
+# Stamps are written last, so that an interrupted installation is done again.
+$(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-for-tests: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,plan]'
-	@touch $(STAMP)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

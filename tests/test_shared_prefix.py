@@ -253,8 +253,8 @@ def test_no_logits_outlive_their_chunk(loss):
 def test_kl_to_the_reference():
     groups = groups_for(FOUR_CELLS, seed=10)
     reference = jax.tree.map(lambda x: 1.1 * x, PARAMS)
-    token_kl = quick_jit(lambda params, reference: MODEL.token_kl(params, reference, groups, FOUR_CELLS))
-    got = token_kl(PARAMS, reference)
+    token_kl = lambda params, reference: MODEL.token_kl(params, reference, groups, FOUR_CELLS)
+    got = quick_jit(token_kl)(PARAMS, reference)
     for row, cell, sequence, prefix, answer in list(one_by_one(groups, FOUR_CELLS))[:4]:
         image = groups.images[row, 0][None]
         logs = [
@@ -263,7 +263,7 @@ def test_kl_to_the_reference():
         ]
         want = np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)[prefix - 1 : -1]
         np.testing.assert_allclose(got[row, cell, :answer], want, rtol=1e-3, atol=1e-4)
-    assert not np.any(token_kl(PARAMS, PARAMS) > 1e-5)
+    assert not np.any(quick_jit(token_kl)(PARAMS, PARAMS) > 1e-5)
     into_reference = quick_jit(jax.grad(lambda r: token_kl(PARAMS, r).sum()))(reference)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(into_reference))
 
