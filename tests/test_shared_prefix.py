@@ -202,6 +202,26 @@ def test_an_empty_answer_is_zero_and_finite():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
 
 
+def test_a_picture_that_lost_tokens_is_never_silent():
+    """T1: after a careless truncation the row is NaN, and its neighbours are as before."""
+    groups = groups_for(FOUR_CELLS, seed=13)
+    want = token_logps(MODEL, PARAMS, groups, FOUR_CELLS)
+    ids = np.array(groups.prefix_ids)
+    first = np.flatnonzero(ids[1, 0] == IMAGE_SLOT)[0]
+    valid = np.arange(want.shape[-1]) < np.asarray(groups.answer_lengths)[..., None]
+    for change, spoilt in ((7, True), (IMAGE_SLOT, True), (None, False)):
+        changed = ids.copy()
+        if change is None:
+            changed[1, 0][changed[1, 0] == IMAGE_SLOT] = 7  # no picture at all is a prefix like any other
+        else:
+            changed[1, 0, first + (0 if change == 7 else CONFIG.vision.image_tokens)] = change
+        got = token_logps(MODEL, PARAMS, groups._replace(prefix_ids=jnp.asarray(changed)), FOUR_CELLS)
+        assert np.isnan(got[1]).all() == spoilt
+        assert np.isfinite(got[1][valid[1]]).all() != spoilt
+        for row in (0, 2):
+            np.testing.assert_allclose(got[row][valid[row]], want[row][valid[row]], rtol=1e-5)
+
+
 def test_token_weights():
     groups = groups_for(TWO_IMAGES, seed=7)
     weights = np.float32(np.random.default_rng(8).uniform(0, 4, groups.answer_ids.shape))

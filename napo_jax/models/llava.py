@@ -66,7 +66,7 @@ class Groups(NamedTuple):
     """A batch of groups: M prefixes and C answers each, right-padded."""
 
     images: jax.Array  # float32[B, M, I, I, 3], normalised; several pictures of one prefix as [B, M, n, I, I, 3]
-    prefix_ids: jax.Array  # int32[B, M, P], with IMAGE_SLOT where image tokens go
+    prefix_ids: jax.Array  # int32[B, M, P], with IMAGE_SLOT where image tokens go: all of them, or none
     prefix_lengths: jax.Array  # int32[B, M], at least 1
     answer_ids: jax.Array  # int32[B, C, T], ending in </s>
     answer_lengths: jax.Array  # int32[B, C], 0 for an answer that is not there
@@ -110,6 +110,11 @@ class _Network(nn.Module):
         words = self.language.embed(jnp.where(slots, 0, prefix_ids))
         order = jnp.clip(jnp.cumsum(slots, axis=-1) - 1, 0, features.shape[2] - 1)  # which image token fills a slot
         pictures = jnp.take_along_axis(features, order[..., None], axis=2)
+        # A picture with some of its tokens cut off trains on in silence elsewhere. What is compiled cannot raise, so a
+        # prefix whose slots are neither all nor none of its image tokens comes out as NaN.
+        count = jnp.sum(slots & (jnp.arange(slots.shape[2])[None, None] < prefix_lengths[..., None]), axis=-1)
+        whole = (count == 0) | (count == features.shape[2])
+        pictures = jnp.where(whole[..., None, None], pictures, jnp.nan)
         prefix = jnp.where(slots[..., None], pictures, words)
         embeddings = layout.join(prefix, self.language.embed(answer_ids))
         with jax.named_scope("language"):
@@ -127,7 +132,7 @@ class Llava:
         vision = self.config.vision
         prefix = jnp.full((1, 1, vision.image_tokens), IMAGE_SLOT, jnp.int32)
         image = jnp.zeros((1, 1, vision.image_size, vision.image_size, 3), jnp.float32)
-        lengths = jnp.ones((1, 1), jnp.int32)
+        lengths = jnp.full((1, 1), vision.image_tokens, jnp.int32)
         network = _Network(dataclasses.replace(self.config, attention="xla"))  # any backend has the same parameters
         return network.init(key, image, prefix, lengths, *self._no_answers(1), ())["params"]
 
