@@ -71,26 +71,26 @@ def run(config, groups, repeats):
     moments = jax.jit(optimizer.init)(params)
     cells = len(CELLS)
 
-    def loss_of(trained, groups):
+    def loss_of(trained, frozen, groups):
         logps = model.logps({**trained, **frozen}, groups, (0,) * cells)
         policy = {cell: Logps(logps.sum[:, c], logps.mean[:, c]) for c, cell in enumerate(CELLS)}
         reference = jax.tree.map(lambda x: jnp.full_like(x, -1000.0), policy)
         return napo()(policy, reference)[0]
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(trained, moments, groups):
-        loss, gradients = jax.value_and_grad(loss_of)(trained, groups)
+    @partial(jax.jit, donate_argnums=(0, 2))
+    def step(trained, frozen, moments, groups):
+        loss, gradients = jax.value_and_grad(loss_of)(trained, frozen, groups)
         updates, moments = optimizer.update(gradients, moments, trained)
         return optax.apply_updates(trained, updates), moments, loss
 
     start = time.perf_counter()
-    params, moments, loss = step(params, moments, groups)
+    params, moments, loss = step(params, frozen, moments, groups)
     loss.block_until_ready()
     first = time.perf_counter() - start
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        params, moments, loss = step(params, moments, groups)
+        params, moments, loss = step(params, frozen, moments, groups)
         loss.block_until_ready()
         times.append(time.perf_counter() - start)
     return statistics.median(times), first, float(loss)

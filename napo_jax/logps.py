@@ -19,14 +19,15 @@ def token_logps(hidden, head, targets, *, chunk):
       chunk: tokens of T per chunk; the largest array is float32[B, C, chunk, V].
 
     Returns:
-      float32[B, C, T].
+      float32[B, C, T]; NaN for a target outside the vocabulary, such as the <image> of another layout's tokenizer.
     """
 
     def of_chunk(hidden, targets):
         logits = _logits(hidden, head)
         # A comparison and a sum, where an indexed read would scatter in the backward pass.
         hit = jnp.arange(head.shape[1])[None, None, None] == targets[..., None]
-        return jnp.sum(jnp.where(hit, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        found = jnp.sum(jnp.where(hit, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        return jnp.where((targets >= 0) & (targets < head.shape[1]), found, jnp.nan)
 
     return _by_chunk(of_chunk, chunk, hidden, targets)
 

@@ -116,6 +116,44 @@ def test_bfloat16_keeps_float32_sums():
     np.testing.assert_allclose(np.float32(got)[valid(SMALL)], naive(*arguments)[valid(SMALL)], atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("layout", "dtype", "obstacle"),
+    [
+        (Layout(640, 128, 1, (0, 0)), jnp.bfloat16, None),
+        (Layout(611, 128, 1, (0, 0)), jnp.bfloat16, "needs even lengths for its mask, got 611 and 128 tokens"),
+        (Layout(611), jnp.bfloat16, None),
+        (Layout(640, 128, 1, (0, 0)), jnp.float32, "needs float16 or bfloat16, got float32"),
+    ],
+)
+def test_what_the_gpu_kernel_cannot_do(layout, dtype, obstacle):
+    q = jax.ShapeDtypeStruct((1, layout.tokens, 4, 128), dtype)
+    assert attention._obstacle("cudnn", "gpu", q, layout) == obstacle
+
+
+@pytest.mark.parametrize("prefix", [255, 257, 513])
+def test_long_prefixes_in_bands_equal_one_masked_product(prefix):
+    layout = Layout(prefix, 3, 2, (0, 1))
+    case = (layout, 4, 1, 8, [[prefix, prefix - 9], [2, prefix]], [[3, 1], [2, 3]])
+    q, k, v, *rest = inputs(case)
+    seen = layout.mask()[None] & valid(case)[:, None] | np.eye(layout.tokens, dtype=bool)[None]
+    pull = np.where(valid(case)[:, :, None, None], np.random.default_rng(1).normal(size=q.shape), 0).astype(np.float32)
+
+    def masked(q, k, v, *_):
+        k, v = (jnp.repeat(x, 4, axis=2) for x in (k, v))
+        scores = jnp.einsum("bqhk,bshk->bhqs", q, k) * np.float32(8**-0.5)
+        p = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1)
+        return jnp.einsum("bhqs,bshk->bqhk", p, v)
+
+    def run(function):
+        loss = lambda *qkv: (lambda out: ((out * pull).sum(), out))(function(*qkv, *rest))
+        return quick_jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (gradients, out), (want_gradients, want) = run(attention._xla), run(masked)
+    np.testing.assert_allclose(out[valid(case)], want[valid(case)], rtol=1e-5, atol=1e-6)
+    for got, wanted in zip(gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_auto_on_a_cpu_is_xla():
     q, k, _, layout, *_ = inputs(BLOCKS)
     assert attention.resolve_backend("auto", q, k, layout) == "xla"

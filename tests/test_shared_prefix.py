@@ -325,7 +325,9 @@ def test_the_tower_runs_once_per_image_and_never_its_last_layer():
     ("change", "message"),
     [
         (lambda g: g._replace(images=g.images[:, :0]), "images: expected"),
-        (lambda g: g._replace(images=g.images[..., :20, :]), "images' pixels: expected"),
+        (lambda g: g._replace(images=g.images[..., :20, :]), "images: expected"),
+        (lambda g: g._replace(images=g.images[:, None, None]), "images: expected"),
+        (lambda g: g._replace(images=jnp.zeros(g.images.shape, jnp.uint8)), "normalised float.*got uint8"),
         (lambda g: g._replace(prefix_lengths=g.prefix_lengths[0]), "prefix_lengths: expected"),
         (lambda g: g._replace(answer_ids=g.answer_ids[:2]), "answer_ids: expected 3, got 2"),
         (lambda g: g._replace(answer_lengths=g.answer_lengths[:, :2]), "answer_lengths: expected"),
@@ -337,6 +339,14 @@ def test_shapes_that_do_not_belong_together_are_refused(change, message):
     """T13: nothing is sliced to fit."""
     with pytest.raises(ValueError, match=message):
         MODEL.logps(PARAMS, change(groups_for(FOUR_CELLS)), FOUR_CELLS)
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_logits_refuses_images_that_are_not_one_for_each_row(images):
+    """Sixteen tokens of one picture could fill the slots of two rows; nothing is spread to fit."""
+    groups = groups_for(FOUR_CELLS, batch=2)
+    with pytest.raises(ValueError, match="images: expected"):
+        MODEL.logits(PARAMS, groups.prefix_ids[:, 0], jnp.zeros((images, 28, 28, 3)))
 
 
 def test_impossible_layouts_are_refused():

@@ -27,10 +27,11 @@ def attend(q, k, v, layout, prefix_lengths, answer_lengths, backend="auto"):
       layout: how S divides into prefixes and answers.
       prefix_lengths: int32[B, M], at least 1 each.
       answer_lengths: int32[B, C].
-      backend: "auto", "xla", "cudnn" or "splash".
+      backend: "auto", "xla", "cudnn" or "splash". "auto" goes by JAX's default backend, so ahead of time, for a device
+        that is not there, name the one you want.
 
     Returns:
-      float[B, S, H, K]; whatever stands at padding is of no use.
+      float[B, S, H, K]; whatever stands at padding is of no use. Only reverse-mode derivatives are defined.
     """
     backend = resolve_backend(backend, q, k, layout)
     return _BACKENDS[backend](q, k, v, layout, prefix_lengths, answer_lengths)
@@ -45,7 +46,10 @@ def resolve_backend(backend, q, k, layout):
     platform = jax.default_backend()
     if backend == "auto":
         for candidate, platforms in (("cudnn", ("gpu", "cuda")), ("splash", ("tpu",))):
-            if platform in platforms and _obstacle(candidate, platform, q, layout) is None:
+            # jit cannot divide a Pallas kernel among devices, so with several of them splash has to be asked for by
+            # name, inside a shard_map.
+            alone = candidate != "splash" or jax.device_count() == 1
+            if platform in platforms and alone and _obstacle(candidate, platform, q, layout) is None:
                 return candidate
         return "xla"
     if (obstacle := _obstacle(backend, platform, q, layout)) is not None:
@@ -60,6 +64,8 @@ def _obstacle(backend, platform, q, layout):
             return f"needs an NVIDIA GPU, and this is {platform}"
         if q.dtype not in (jnp.float16, jnp.bfloat16):
             return f"needs float16 or bfloat16, got {q.dtype}"
+        if layout.cells and (layout.answer_tokens % 2 or layout.prefix_tokens % 2):
+            return f"needs even lengths for its mask, got {layout.prefix_tokens} and {layout.answer_tokens} tokens"
         if q.shape[-1] > 128 or q.shape[-1] % 8:
             return f"needs heads of a width up to 128 and divisible by 8, got {q.shape[-1]}"
     if backend == "splash":

@@ -38,7 +38,9 @@ class LlavaConfig:
     freeze_vision: bool = True
 
     def __post_init__(self):
-        """Checks the names."""
+        """Checks the names and the chunk."""
+        if self.logits_chunk < 1:
+            raise ValueError(f"logits_chunk must be at least 1, got {self.logits_chunk}")
         if self.attention not in BACKENDS:
             raise ValueError(f"attention must be one of {BACKENDS}, got {self.attention!r}")
         if self.remat not in REMAT_POLICIES:
@@ -147,6 +149,7 @@ class Llava:
         Returns:
           float32[B, S, V].
         """
+        check_images(images, input_ids.shape[:1], self.config)
         ids = input_ids[:, None]
         lengths = jnp.full(ids.shape[:2], ids.shape[2], jnp.int32)
         prefix, _ = self._apply(params, images[:, None], ids, lengths, *self._no_answers(len(ids)), ())
@@ -189,7 +192,7 @@ class Llava:
         check_groups(groups, cell_image, self.config)
         prefix, answer = self._apply(params, *groups[:5], cell_image)
         last = jnp.take_along_axis(prefix, groups.prefix_lengths[:, :, None, None] - 1, axis=2)
-        last = last[:, np.array(cell_image)]
+        last = last[:, np.array(cell_image, np.int32)]
         return jnp.concatenate([last, answer[:, :, :-1]], axis=2)
 
     @property
@@ -208,10 +211,8 @@ def check_groups(groups, cell_image, config):
     """Checks that the shapes of a batch belong together; raises a ValueError that says which do not."""
     batch, prefixes, _ = groups.prefix_ids.shape
     cells = groups.answer_ids.shape[1]
-    size = config.vision.image_size
+    check_images(groups.images, (batch, prefixes), config)
     expected = {
-        "images": ((batch, prefixes), groups.images.shape[:2]),
-        "images' pixels": ((size, size, 3), groups.images.shape[-3:]),
         "prefix_lengths": ((batch, prefixes), groups.prefix_lengths.shape),
         "answer_ids": (batch, groups.answer_ids.shape[0]),
         "answer_lengths": ((batch, cells), groups.answer_lengths.shape),
@@ -224,3 +225,13 @@ def check_groups(groups, cell_image, config):
             raise ValueError(
                 f"{name}: expected {want}, got {got}, beside prefix_ids of shape {groups.prefix_ids.shape}"
             )
+
+
+def check_images(images, lead, config):
+    """Checks that images are float [*lead, I, I, 3], or [*lead, n, I, I, 3] for several pictures of a prefix."""
+    size, rank = config.vision.image_size, len(lead)
+    fits = images.ndim in (rank + 3, rank + 4) and images.shape[:rank] == lead and images.shape[-3:] == (size, size, 3)
+    if not fits or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images: expected normalised float {[*lead, size, size, 3]}, got {images.dtype} {list(images.shape)}"
+        )
