@@ -82,12 +82,11 @@ def _xla(q, k, v, layout, prefix_lengths, answer_lengths):
     groups = k.shape[2]
     q = (q * np.float32(width**-0.5).astype(q.dtype)).reshape(batch, -1, groups, heads // groups, width)
     (q_prefix, q_answer), (k_prefix, k_answer), (v_prefix, v_answer) = (layout.split(x) for x in (q, k, v))
-    # Heads go in front of tokens, so that no array of scores is ever transposed.
-    q_prefix, q_answer = (x.transpose(0, 1, 3, 4, 2, 5) for x in (q_prefix, q_answer))  # [B, M or C, G, R, tokens, K]
-    k_prefix, v_prefix, k_answer, v_answer = (
-        x.transpose(0, 1, 3, 2, 4)
-        for x in (k_prefix, v_prefix, k_answer, v_answer)  # [B, M or C, G, tokens, K]
-    )
+    # Heads go in front of tokens, so that no array of scores is ever transposed: [B, M or C, G, R, tokens, K] for
+    # queries, and the same without R for keys and values.
+    q_prefix, q_answer = (x.transpose(0, 1, 3, 4, 2, 5) for x in (q_prefix, q_answer))
+    k_prefix, v_prefix = (x.transpose(0, 1, 3, 2, 4) for x in (k_prefix, v_prefix))
+    k_answer, v_answer = (x.transpose(0, 1, 3, 2, 4) for x in (k_answer, v_answer))
 
     out_prefix = []
     for start, stop in _query_blocks(layout.prefix_tokens):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """M prefixes of P tokens, then C answers of T tokens: [prefix 0 | ... | answer 0 | ...], S = M P + C T.
@@ -82,9 +83,8 @@ class Layout:
         stream = np.repeat(np.arange(self.prefixes), self.prefix_tokens)
         stream = np.concatenate([stream, np.repeat(self.prefixes + np.arange(self.cells), self.answer_tokens)])
         causal = np.tri(self.tokens, dtype=bool)
-        reads = np.array([*[-1] * self.prefixes, *self.cell_image])[
-            stream
-        ]  # the prefix that a token's stream continues
+        # The prefix that a token's stream continues; prefixes continue none.
+        reads = np.array([*[-1] * self.prefixes, *self.cell_image])[stream]
         return (causal & (stream[:, None] == stream[None])) | (reads[:, None] == stream[None])
 
 
@@ -100,6 +100,3 @@ def rotate(x, tables):
     cos, sin = (table[:, :, None].astype(jnp.float32) for table in tables)
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
-
-
-jax.tree_util.register_static(Layout)
