@@ -1,0 +1,149 @@
+"""What a run is told: frozen dataclasses, read from a config file and overridden by flags.
+
+A config file defines `get_config() -> Config`. Every field below is a flag of every command, `--data.batch-size 8`.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from napo_jax.objective import Objective, napo
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it computes."""
+
+    # A Hugging Face folder in any layout. Without one, a tiny random model and a tokenizer of bytes: to try things out.
+    path: str | None = None
+    # Type of activations and matrix products; what needs float32 has it anyway.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # "auto", "xla", "cudnn" (NVIDIA GPU) or "splash" (TPU).
+    attention: str = "auto"
+    # What the decoder stores for the backward pass: "none" recomputes nothing, "dots" a little, "full" each layer.
+    remat: Literal["none", "dots", "full"] = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which records, and how they become batches."""
+
+    # Parquet or JSONL files: a path, several, a glob or a folder. None: this many made-up records instead.
+    path: tuple[str, ...] | None = None
+    made_up: int = 256
+    # Our column name = theirs, where they differ: question=prompt image=picture.
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    # The folder that image paths in the records start from.
+    image_root: str | None = None
+    # Where records are kept for random access; None: napo_jax/ in the user's cache folder.
+    cache: str | None = None
+    # Groups per step, over all devices.
+    batch_size: int = 32
+    # The conversation around question and answer.
+    template: Literal["llava_v1", "vicuna_v1"] = "llava_v1"
+    # "pad" to a square in the mean colour, as LLaVA trains and evaluates; "crop" the centre, as NaPO's code trains.
+    image_rule: Literal["pad", "crop"] = "pad"
+    # Whether pictures are turned as their camera noted; the released code ignores the note.
+    exif: bool = False
+    # The most tokens of a prefix, its image and one answer together.
+    max_tokens: int = 2048
+    # What becomes of an answer that is longer: "cut" its end, as released, or "drop" the row.
+    long_answers: Literal["cut", "drop"] = "cut"
+    # What becomes of a row that compares an answer with itself: "keep" or "drop".
+    identical: Literal["keep", "drop"] = "keep"
+    # The most shapes that are compiled.
+    buckets: int = 8
+    # Attention's tokens are a multiple of this; TPU kernels need 128.
+    attention_multiple: int = 128
+    # Of the order of batches, and of what is random about a record.
+    seed: int = 0
+    # Batches decoded at a time, and processes to decode in (0: the main one).
+    threads: int = 8
+    workers: int = 0
+
+    def __post_init__(self):
+        """Checks the numbers."""
+        for name in ("batch_size", "buckets", "attention_multiple", "threads", "made_up", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if self.workers < 0 or self.seed < 0:
+            raise ValueError(f"data.workers and data.seed must not be negative, got {self.workers} and {self.seed}")
+        if isinstance(self.path, str):
+            object.__setattr__(self, "path", (self.path,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All of a run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    # Which answers under which images are compared, and how: set in the config file.
+    objective: tyro.conf.Suppress[Objective] = dataclasses.field(default_factory=napo)
+
+
+def load_config(file) -> Config:
+    """Runs a config file and returns what its `get_config` makes; raises one line if there is none."""
+    path = Path(file)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ValueError(f"no config file {file}; {'there are ' + ', '.join(near) if near else 'look in configs/'}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config() if hasattr(module, "get_config") else None
+    if not isinstance(config, Config):
+        raise ValueError(f"{file} must define get_config() that returns a napo_jax.config.Config, got {config!r}")
+    return config
+
+
+def parse(options: type, argv=None, *, description: str) -> tuple[Config, Any]:
+    """Reads a command line: `--config FILE`, the command's own options, and any field of the config.
+
+    Args:
+      options: a dataclass of the command's own options.
+      argv: the arguments; None for the program's.
+      description: what `--help` says of the command.
+
+    Returns:
+      the config, and an instance of `options`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    file, rest = _take_config(argv)
+    default = load_config(file) if file else Config()
+
+    command = dataclasses.make_dataclass(
+        "Command",
+        [
+            ("config", Annotated[str | None, tyro.conf.arg(help="A file that defines get_config().", metavar="FILE")]),
+            ("options", Annotated[options, tyro.conf.arg(name="")]),
+            ("run", Annotated[Config, tyro.conf.arg(name="")]),
+        ],
+    )
+    given = tyro.cli(command, default=command(file, options(), default), args=rest, description=description)
+    if file is None:
+        raise ValueError("say which config to use: --config configs/debug.py, for example")
+    return given.run, given.options
+
+
+def _take_config(argv):
+    """Returns the value of --config, None if there is none, and the other arguments."""
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if word.startswith("--config="):
+            return word.partition("=")[2], argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def exit_with_one_line(main):
+    """Runs a command; what is wrong with its usage, config or data becomes one line and exit status 2."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

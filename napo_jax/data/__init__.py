@@ -1,0 +1,1 @@
+"""From stored rows to batches of fixed shape."""

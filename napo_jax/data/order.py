@@ -1,0 +1,66 @@
+"""Which groups make up the batch of step i: a pure function of a seed and i.
+
+So a run that starts again needs nothing but its step, and any number of processes agree on every batch.
+"""
+
+import functools
+import hashlib
+
+import numpy as np
+
+NO_GROUP = -1  # fills the last batch of an order that keeps its rest
+
+
+class Order:
+    """Batches drawn from one bucket at a time, shuffled over everything, in a new order each epoch.
+
+    In an epoch every group comes at most once. The groups of a bucket that are left over when its batches are full move
+    up into the next larger one, so that fewer than a batch of them are left over in all; those are other ones in each
+    epoch. With `keep_rest` they make a last batch, filled up with NO_GROUP.
+    """
+
+    def __init__(self, bucket_of, batch_size, *, seed=0, shuffle=True, keep_rest=False):
+        """Takes int[N], the bucket of each group; raises if there are too few groups for one batch."""
+        self.bucket_of = np.asarray(bucket_of, np.int32)
+        self.batch_size, self.seed, self.shuffle, self.keep_rest = batch_size, seed, shuffle, keep_rest
+        if batch_size < 1:
+            raise ValueError(f"a batch needs at least one group, got a batch size of {batch_size}")
+        count = len(self.bucket_of)
+        self.steps_per_epoch = -(-count // batch_size) if keep_rest else count // batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"{count} groups are too few for a batch of {batch_size}")
+
+    @property
+    def fingerprint(self):
+        """A digest of all that decides which groups are in which batch."""
+        parts = (self.bucket_of.tobytes(), self.batch_size, self.seed, self.shuffle, self.keep_rest)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def __getitem__(self, step):
+        """Returns the bucket of a step's batch, and its groups, int32[batch_size]."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        buckets, groups = self._epoch(epoch if self.shuffle else 0)
+        return int(buckets[place]), groups[place]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  two epochs at a time: their border is crossed back and forth
+    def _epoch(self, epoch):
+        """Returns int32[steps], the bucket of each batch of an epoch, and int32[steps, batch_size], its groups."""
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        buckets, batches = [], []
+        rest = np.zeros(0, np.int32)
+        for bucket in range(self.bucket_of.max() + 1):
+            members = np.concatenate([rest, np.flatnonzero(self.bucket_of == bucket).astype(np.int32)])
+            if self.shuffle:
+                random.shuffle(members)
+            full = len(members) // self.batch_size
+            batches.append(members[: full * self.batch_size].reshape(full, self.batch_size))
+            buckets.append(np.full(full, bucket, np.int32))
+            rest = members[full * self.batch_size :]
+        if self.keep_rest and len(rest):
+            batches.append(np.pad(rest, (0, self.batch_size - len(rest)), constant_values=NO_GROUP)[None])
+            buckets.append(np.full(1, self.bucket_of.max(), np.int32))
+        buckets, batches = np.concatenate(buckets), np.concatenate(batches)
+        if self.shuffle:
+            turn = random.permutation(len(batches))
+            buckets, batches = buckets[turn], batches[turn]
+        return buckets, batches

@@ -1,0 +1,235 @@
+"""What one source file becomes, once: a folder with its checked records, which can be read in any order.
+
+Its `records` is an ArrayRecord file of whole records, `texts.parquet` has their texts without the pictures, and
+`summary.json` the counts.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
+
+from napo_jax.data.images import ImageError, decode
+from napo_jax.data.sources import DataError, RowError, parse, read_batches
+
+_FORMAT = 1  # of the folder, and of the checks that its rows passed
+_RECORDS, _TEXTS, _SUMMARY = "records", "texts.parquet", "summary.json"  # the files of a store
+_TEXT_SCHEMA = pa.schema({"key": pa.string(), "question": pa.string(), "answers": pa.map_(pa.string(), pa.string())})
+_TEXT_BATCH = 1024
+
+
+class Record(NamedTuple):
+    """One row as stored."""
+
+    key: str  # 32 hex digits, a digest of what follows: equal rows have equal keys
+    image: bytes  # the encoded picture
+    question: str
+    answers: dict[str, str]  # by name, those that are there
+
+
+class Store(NamedTuple):
+    """A converted file."""
+
+    folder: str
+    rows: int  # of the source
+    records: int  # that were kept
+    dropped: dict[str, int]  # by reason
+    columns: list[str]  # all that the source has
+
+    @property
+    def file(self) -> str:
+        """The ArrayRecord file."""
+        return os.path.join(self.folder, _RECORDS)
+
+    def texts(self) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """Yields (key, question, answers) of the records in order."""
+        for batch in self._text_batches(_TEXT_SCHEMA.names):
+            columns = (batch.column(name).to_pylist() for name in _TEXT_SCHEMA.names)
+            for key, question, answers in zip(*columns, strict=True):
+                yield key, question, dict(answers)
+
+    def keys(self) -> Iterator[str]:
+        """Yields the keys of the records in order."""
+        for batch in self._text_batches(["key"]):
+            yield from batch.column("key").to_pylist()
+
+    def _text_batches(self, names):
+        with pq.ParquetFile(os.path.join(self.folder, _TEXTS)) as file:
+            yield from file.iter_batches(_TEXT_BATCH, columns=names)
+
+
+def find_store(folder) -> Store | None:
+    """Returns what an earlier call left, if anything: a folder gets its name when it is whole, so is good if there."""
+    return Store(str(folder), **json.loads((folder / _SUMMARY).read_text())) if folder.exists() else None
+
+
+def store_name(file, *settings) -> str:
+    """Returns the name of a file's store: another one where the file or a setting is another.
+
+    Args:
+      file: epath.Path, absolute.
+      settings: what a conversion depends on, as JSON.
+    """
+    if is_local(file):
+        stat = os.stat(file)
+        version = stat.st_size, stat.st_mtime_ns  # epath's times are whole seconds
+    else:
+        stat = file.stat()
+        version = stat.length, stat.mtime
+    return hashlib.blake2b(json.dumps([_FORMAT, str(file), *version, *settings]).encode(), digest_size=16).hexdigest()
+
+
+def convert(file, folder, there, columns, *, image_root, exif, workers, report) -> Store:
+    """Converts a file, unless another process just did: who comes second waits for the first.
+
+    Args:
+      file: epath.Path of the source.
+      folder: Path that the store will have.
+      there: all columns of the source.
+      columns: {our name: column} of those to read.
+      image_root: epath.Path.
+      exif: whether pictures will be turned as their EXIF says.
+      workers: threads that check pictures.
+      report: called with one line when it is done.
+    """
+    with _lock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            aside = folder.with_suffix(f".{platform.node()}.tmp")  # a host's own: not all shared folders can lock
+            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+            aside.mkdir()
+            try:
+                counts = _write(aside, file, columns, image_root, exif, workers, report)
+                (aside / _SUMMARY).write_text(json.dumps(counts | {"columns": there}))
+                aside.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another host's, which is just as good
+                    raise
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return find_store(folder)
+
+
+def unpack(data: bytes) -> Record:
+    """Returns the record that an entry of the ArrayRecord file holds."""
+    start = _image_start(data)
+    key, question, answers = json.loads(data[4:start])
+    return Record(key, data[start:], question, answers)
+
+
+def unpack_image(data: bytes) -> bytes:
+    """Returns its picture alone."""
+    return data[_image_start(data) :]
+
+
+def is_local(path) -> bool:
+    """Returns whether a path is one of this system, and not gs:// or the like."""
+    return "://" not in os.fspath(path)
+
+
+def _pack(record):
+    """Returns the length of a JSON header, the header, and the picture."""
+    header = json.dumps([record.key, record.question, record.answers], ensure_ascii=False).encode()
+    return len(header).to_bytes(4, "little") + header + record.image
+
+
+def _image_start(data):
+    return 4 + int.from_bytes(data[:4], "little")
+
+
+@contextlib.contextmanager
+def _lock(file):
+    with file.open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # ends with the file, or with the process
+        yield
+
+
+def _write(folder, file, columns, image_root, exif, workers, report):
+    start, rows, records, dropped, texts = time.monotonic(), 0, 0, Counter(), []
+    image_root = epath.Path(os.path.realpath(image_root)) if is_local(image_root) else image_root
+    check = functools.partial(_check, image_root=image_root, exif=exif)
+    with (
+        contextlib.closing(ArrayRecordWriter(str(folder / _RECORDS), "group_size:1,uncompressed")) as writer,
+        pq.ParquetWriter(folder / _TEXTS, _TEXT_SCHEMA) as text_writer,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+        for batch in read_batches(file, columns):
+            rows += len(batch)
+            for outcome in pool.map(check, batch):
+                if isinstance(outcome, str):
+                    dropped[outcome] += 1
+                    continue
+                writer.write(_pack(outcome))
+                texts.append((outcome.key, outcome.question, list(outcome.answers.items())))
+                records += 1
+            if len(texts) >= _TEXT_BATCH:
+                text_writer.write_batch(_text_batch(texts))
+                texts.clear()
+        text_writer.write_batch(_text_batch(texts))
+    if ArrayRecordReader(str(folder / _RECORDS)).num_records() != records:
+        raise OSError(f"{folder} did not take every record; is its disk full?")
+    dropped = dict(sorted(dropped.items()))
+    why = "".join(f", {reason} {count}" for reason, count in dropped.items())
+    report(f"{file}: {rows} rows, {records} kept{why}; {time.monotonic() - start:.0f} s")
+    return {"rows": rows, "records": records, "dropped": dropped}
+
+
+def _text_batch(texts):
+    columns = zip(*texts, strict=True) if texts else ([] for _ in _TEXT_SCHEMA)
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, _TEXT_SCHEMA.types, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=_TEXT_SCHEMA)
+
+
+def _check(values, image_root, exif):
+    """Returns the record of a row, or the reason why there is none."""
+    try:
+        row = parse(values)
+        image = row.image if isinstance(row.image, bytes) else _read_image(image_root, row.image)
+        decode(image, exif=exif)
+    except (RowError, ImageError) as error:
+        return error.reason
+    return Record(_key(image, row), image, row.question, row.answers)
+
+
+def _key(image, row):
+    digest = hashlib.blake2b(digest_size=16)
+    texts = [row.question, *itertools.chain.from_iterable(sorted(row.answers.items()))]
+    for part in (image, *(text.encode() for text in texts)):
+        digest.update(len(part).to_bytes(8, "little"))  # so that what ends one part cannot begin the next
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _read_image(root, name):
+    """Returns the bytes of a picture under a root; a path that leads elsewhere is refused."""
+    if "\0" in name or name.encode(errors="ignore").decode() != name:
+        raise RowError("image_missing")  # no file can be called so
+    if os.path.isabs(name) or "://" in name or os.path.normpath(name).split("/")[0] == "..":
+        raise RowError("image_outside_root")
+    path = root / name
+    if is_local(root):
+        path = epath.Path(os.path.realpath(path))  # where symbolic links lead
+        if not path.is_relative_to(root):
+            raise RowError("image_outside_root")
+    try:
+        if path.is_file():
+            return path.read_bytes()
+    except (FileNotFoundError, PermissionError):
+        pass
+    except OSError as error:  # the disk's or the network's fault, and not the row's
+        raise DataError(f"{path} cannot be read: {error}") from None
+    raise RowError("image_missing")

@@ -1,0 +1,227 @@
+"""The preview tells the truth about the data, and its page is safe to open."""
+
+import html.parser
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from napo_jax import config, preview
+from napo_jax.config import Config, DataConfig, exit_with_one_line, load_config, parse
+
+SCRIPT = "<script>document.title='owned'</script>"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def png(number):
+    data = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Ten rows: one dropped, one twice, one with markup in each of its texts."""
+    row = lambda i: {
+        "image": png(i),
+        "question": f"Which? {i}",
+        "chosen": "A b.",
+        "rejected": "C.",
+        "question_only": "D e.",
+        "image_only": "F.",
+    }
+    rows = [row(0), row(0), *map(row, range(1, 7)), row(7) | {"chosen": ""}]
+    rows.append({name: value if name == "image" else f"{SCRIPT} & {name}" for name, value in row(9).items()})
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def run(file, *more, source="configs/debug.py"):
+    """Runs the command in this process."""
+    cache = str(file.parent / "cache")
+    argv = ["--config", str(source), "--data.path", str(file), "--data.cache", cache, "--data.batch-size", "2"]
+    preview.main([*argv, *more])
+
+
+def test_json_holds_what_was_counted(file, capsys):
+    run(file, "--json")
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["rows"] == 10
+    assert summary["kept"] == 9
+    assert summary["dropped"] == {"empty_chosen": 1}
+    assert summary["duplicate_rows"] == 1
+    assert summary["steps_per_epoch"] == 4
+    assert summary["left_over_per_epoch"] == 1
+    assert summary["tokens"]["rejected"] == {"min": 4, "median": 4, "95%": 33, "max": 52}
+    assert sum(bucket["groups"] for bucket in summary["buckets"]) == 9
+    assert sum(bucket["batches"] for bucket in summary["buckets"]) == 4
+    assert sum(count for *_, count in summary["histogram"]) == 9
+    assert summary["histogram"][-1][1] == summary["tokens"]["group"]["max"]
+    computed = sum(bucket["tokens"] * bucket["groups"] for bucket in summary["buckets"])
+    assert summary["padding"] == pytest.approx(1 - 9 * _mean_tokens(file) / computed, abs=1e-4)
+
+
+def _mean_tokens(file):
+    """Counts tokens by hand: a byte is one, the picture 16, and every answer has a space and EOS."""
+    system = "A chat between a curious human and an artificial intelligence assistant. "
+    system += "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    total = 0
+    for row in pq.read_table(file).to_pylist():
+        if row["chosen"]:
+            total += 1 + len(f"{system} USER: ") + 16 + len(f"\n{row['question']} ASSISTANT:")
+            total += sum(len(row[name]) + 2 for name in ("chosen", "rejected", "question_only", "image_only"))
+    return total / 9
+
+
+def test_text_says_the_same(file, capsys):
+    run(file)
+    said = capsys.readouterr().out
+    assert "10 rows, 9 kept, 1 dropped" in said
+    assert "dropped        1  empty_chosen" in said
+    assert "kept           1  repeat another row" in said
+    assert "4 steps of 2 groups in an epoch, 1 groups left over" in said
+
+
+class _Page(html.parser.HTMLParser):
+    """Collects what a browser would see of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.pictures, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        """Notes a tag, and that nothing comes from elsewhere."""
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        assert not [name for name in attributes if name.startswith("on")]
+        assert "href" not in attributes
+        if tag == "img":
+            self.pictures.append(attributes["src"])
+
+    def handle_data(self, data):
+        """Notes text."""
+        self.text += data
+
+
+def test_the_page_shows_text_from_data_as_text(file, capsys):
+    page = file.parent / "page.html"
+    run(file, "--html", str(page), "--groups", "8")
+    read = _Page()
+    read.feed(page.read_text())
+    assert "script" not in read.tags
+    assert len(read.pictures) == 8
+    assert all(source.startswith("data:image/png;base64,") for source in read.pictures)
+    if f"{SCRIPT} & chosen" not in read.text:  # it was the group left over
+        run(file, "--html", str(page), "--groups", "8", "--data.batch-size", "1")
+        read.feed(page.read_text())
+    for name in ("question", "chosen", "rejected", "question_only", "image_only"):
+        assert f"{SCRIPT} & {name}" in read.text
+    assert "://" not in page.read_text()
+    assert "wrote" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_runs_nothing_and_shows_it_all(file):
+    page = file.parent / "page.html"
+    run(file, "--html", str(page), "--groups", "9", "--data.batch-size", "1")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={file.parent}/profile"]
+    command += ["--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert "<title>What the trainer will see</title>" in shown
+    assert shown.count("<img") == 9
+    assert "&lt;script&gt;" in shown
+    assert "<script" not in shown
+
+
+def test_image_variants_are_shown(file, tmp_path):
+    """Every variant of the objective has its picture, and they differ."""
+    source = tmp_path / "config.py"
+    source.write_text(
+        "from napo_jax.config import Config, DataConfig, ModelConfig\n"
+        "from napo_jax.losses import dpo_loss\n"
+        "from napo_jax.objective import Objective, Term\n"
+        "def get_config():\n"
+        "    terms = [Term('text', dpo_loss, 'chosen', 'rejected')]\n"
+        "    terms += [Term(v, dpo_loss, 'chosen', f'chosen@{v}') for v in ('black', 'diffusion')]\n"
+        "    return Config(ModelConfig(), DataConfig(batch_size=2, attention_multiple=8), Objective(terms))\n"
+    )
+    page = tmp_path / "page.html"
+    run(file, "--html", str(page), "--groups", "2", source=source)
+    read = _Page()
+    read.feed(page.read_text())
+    assert len(read.pictures) == 6
+    assert len(set(read.pictures[:3])) == 3
+    assert "chosen under diffusion" in read.text
+
+
+def test_a_config_is_read_and_overridden():
+    default = load_config("configs/debug.py")
+    read, options = parse(preview.Options, ["--config", "configs/debug.py"], description="")
+    assert read == default
+    assert options == preview.Options()
+    argv = ["--json", "--data.batch-size", "3", "--config=configs/debug.py", "--data.path", "a", "b"]
+    argv += ["--data.columns", "question", "prompt", "--model.path", "m"]
+    read, options = parse(preview.Options, argv, description="")
+    assert read.data.batch_size == 3
+    assert read.data.path == ("a", "b")
+    assert read.data.columns == {"question": "prompt"}
+    assert read.model.path == "m"
+    assert options.json
+    assert read.objective == default.objective
+
+
+@pytest.mark.parametrize("name", ["debug", "llava7b"])
+def test_every_config_loads(name):
+    assert isinstance(load_config(f"configs/{name}.py"), Config)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "say which config to use: --config"),
+        (["--config", "configs/debg.py"], r"no config file configs/debg.py; there are .*configs/debug.py"),
+        (["--config", "tests/quick.py"], "must define get_config"),
+        (["--config", "configs/debug.py", "--data.batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--config", "configs/debug.py", "--data.workers", "-1"], "must not be negative"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_and_exit_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        exit_with_one_line(lambda: preview.main(argv))
+    assert stop.value.code == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_typo_is_met_with_a_proposal(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(preview.Options, ["--config", "configs/debug.py", "--data.batchsize", "4"], description="")
+    assert stop.value.code == 2
+    assert "--data.batch-size" in capsys.readouterr().err
+
+
+def test_every_field_has_its_line_of_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(preview.Options, ["--config", "configs/debug.py", "--help"], description="What it does.")
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    import dataclasses
+
+    for group in (config.ModelConfig, DataConfig):
+        for field in dataclasses.fields(group):
+            assert f".{field.name.replace('_', '-')}" in said
+
+
+def test_it_is_a_command():
+    command = [sys.executable, "-m", "napo_jax.preview", "--config", "configs/debug.py", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert json.loads(done.stdout)["kept"] == 256
