@@ -15,10 +15,10 @@ import numpy as np
 class Bucket:
     """The static lengths of a batch; what its groups fill of them is in their lengths."""
 
-    tokens: int  # S, packed tokens of a group: all prefixes and all answers
+    tokens: int  # U, packed tokens of a group: all prefixes and all answers
     prefix: int  # P, tokens that attention gives to each prefix
     answer: int  # T, tokens that attention gives to each answer
-    answers: int  # R, packed tokens of all answers of a group
+    answers: int  # A, packed tokens of all answers of a group
 
     def holds(self, prefix_lengths, answer_lengths, prefixes):
         """Returns which groups fit, bool[N], from int[N] and int[N, C], with the prefix repeated for each image."""
@@ -39,7 +39,7 @@ def choose_buckets(prefix_lengths, answer_lengths, prefixes=1, *, count=8, multi
       answer_lengths: int[N, C], tokens of its answers.
       prefixes: M, how many image variants repeat the prefix.
       count: the most buckets to choose.
-      multiple: S and R are multiples of this.
+      multiple: U and A are multiples of this.
       attention_multiple: attention's tokens M P + C T are a multiple of this; 128 is what TPU kernels need.
 
     Returns:

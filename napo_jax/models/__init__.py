@@ -2,9 +2,10 @@
 
 Axis letters, everywhere in this folder: B groups, M image variants, C cells, P prefix tokens, T answer tokens,
 S = M P + C T all tokens of a group, N image tokens, D width, H heads, G key-value heads, R = H / G queries per key,
-K width of a head, V vocabulary.
+K width of a head, V vocabulary. Packed, a group has U places for tokens, A of them for those of its answers.
 """
 
 from napo_jax.models.llava import IMAGE_SLOT, Groups, Llava, LlavaConfig
+from napo_jax.models.packing import Packing
 
-__all__ = ["IMAGE_SLOT", "Groups", "Llava", "LlavaConfig"]
+__all__ = ["IMAGE_SLOT", "Groups", "Llava", "LlavaConfig", "Packing"]

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from napo_jax.models.attention import attend
 from napo_jax.models.layout import Layout, rope_tables, rotate
+from napo_jax.models.packing import TokenOrder
 
 # What the backward pass finds stored of each layer; the rest is computed again.
 REMAT_POLICIES = {
@@ -68,8 +69,8 @@ class Attention(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, tables, layout, prefix_lengths, answer_lengths):
-        """Maps float[B, S, D] to the same."""
+    def __call__(self, x, tables, layout, prefix_lengths, answer_lengths, order=None):
+        """Maps float[B, S, D] to the same, or float[B, U, D] with an order."""
         config = self.config
 
         def project(heads, name):
@@ -79,8 +80,13 @@ class Attention(nn.Module):
 
         q, k = rotate(project(config.heads, "query"), tables), rotate(project(config.kv_heads, "key"), tables)
         v = project(config.kv_heads, "value")
-        out = attend(q, k, v, layout, prefix_lengths, answer_lengths, self.backend).reshape(x.shape)
-        return nn.Dense(config.width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="out")(out)
+        if order is not None:
+            q, k, v = order.unpack(q), order.unpack(k), order.unpack(v)
+        out = attend(q, k, v, layout, prefix_lengths, answer_lengths, self.backend)
+        if order is not None:
+            out = order.pack(out)
+        dense = nn.Dense(config.width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="out")
+        return dense(out.reshape(x.shape))
 
 
 class Mlp(nn.Module):
@@ -109,12 +115,12 @@ class DecoderLayer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, tables, layout, prefix_lengths, answer_lengths):
-        """Maps float[B, S, D] to (the same, None), as scan wants it."""
+    def __call__(self, x, tables, layout, prefix_lengths, answer_lengths, order=None):
+        """Maps float[B, S, D], or float[B, U, D] with an order, to (the same, None), as scan wants it."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h = RmsNorm(self.config.norm_eps, **types, name="attention_norm")(x)
         attention = Attention(self.config, self.backend, **types, name="attention")
-        x = x + attention(h, tables, layout, prefix_lengths, answer_lengths)
+        x = x + attention(h, tables, layout, prefix_lengths, answer_lengths, order)
         h = RmsNorm(self.config.norm_eps, **types, name="mlp_norm")(x)
         return x + Mlp(self.config, **types, name="mlp")(h), None
 
@@ -142,7 +148,7 @@ class Llama(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 4,
+            in_axes=(nn.broadcast,) * 5,
             length=config.layers,
         )(config, self.backend, **types)
         self.norm = RmsNorm(config.norm_eps, **types)
@@ -151,13 +157,17 @@ class Llama(nn.Module):
         """Looks up int32[...] as float[..., D]."""
         return self.embedding[ids].astype(self.dtype)
 
-    def __call__(self, embeddings, layout: Layout, prefix_lengths, answer_lengths):
-        """Maps embeddings float[B, S, D] to hidden states, the same shape."""
-        if layout.prefix_tokens + layout.answer_tokens > self.config.max_positions:
+    def __call__(self, embeddings, layout: Layout, prefix_lengths, answer_lengths, order: TokenOrder | None = None):
+        """Maps embeddings float[B, S, D], or float[B, U, D] in an order, to hidden states of the same shape."""
+        # In an order the lengths themselves are held against it, and not the places that attention has for them.
+        if order is None and layout.prefix_tokens + layout.answer_tokens > self.config.max_positions:
             raise ValueError(
                 f"{layout.prefix_tokens} prefix and {layout.answer_tokens} answer tokens exceed the model's "
                 f"{self.config.max_positions} positions"
             )
-        tables = rope_tables(layout.positions(prefix_lengths), self.config.head_width, self.config.rope_theta)
-        x, _ = self.layers(embeddings, tables, layout, prefix_lengths, answer_lengths)
+        positions = layout.positions(prefix_lengths)
+        if order is not None:
+            positions = order.pack(positions)
+        tables = rope_tables(positions, self.config.head_width, self.config.rope_theta)
+        x, _ = self.layers(embeddings, tables, layout, prefix_lengths, answer_lengths, order)
         return self.norm(x)

@@ -101,26 +101,40 @@ class _Network(nn.Module):
     def __call__(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, cell_image):
         """Returns hidden states float[B, M, P, D] and float[B, C, T, D]."""
         layout = Layout(prefix_ids.shape[2], answer_ids.shape[2], prefix_ids.shape[1], cell_image)
+        slots = prefix_ids == IMAGE_SLOT
+        features, whole = self._features(images, slots, prefix_lengths)
+        words = self.language.embed(jnp.where(slots, 0, prefix_ids))
+        which = jnp.clip(jnp.cumsum(slots, axis=-1) - 1, 0, features.shape[2] - 1)  # image token that fills a slot
+        pictures = jnp.take_along_axis(features, which[..., None], axis=2)
+        pictures = jnp.where(whole[..., None, None], pictures, jnp.nan)
+        prefix = jnp.where(slots[..., None], pictures, words)
+        embeddings = layout.join(prefix, self.language.embed(answer_ids))
+        with jax.named_scope("language"):
+            return layout.split(self.language(embeddings, layout, prefix_lengths, answer_lengths))
+
+    def packed(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, order):
+        """Returns hidden states float[B, U, D] in an order."""
+        slots = prefix_ids == IMAGE_SLOT
+        features, whole = self._features(images, slots, prefix_lengths)
+        features = jnp.where(whole[..., None, None], features, jnp.nan)
+        ids = order.pack(order.layout.join(jnp.where(slots, 0, prefix_ids), answer_ids))
+        embeddings = order.fill_slots(self.language.embed(ids), features, slots)
+        with jax.named_scope("language"):
+            return self.language(embeddings, order.layout, prefix_lengths, answer_lengths, order)
+
+    def _features(self, images, slots, prefix_lengths):
+        """Returns the image tokens of each prefix, float[B, M, N, D], and whether they have their slots, bool[B, M]."""
         with jax.named_scope("vision"):
             features = self.vision(images.reshape(-1, *images.shape[-3:]))
             if self.config.freeze_vision:
                 features = jax.lax.stop_gradient(features)
         with jax.named_scope("projector"):
             features = self.projector(features)
-            features = features.reshape(*prefix_ids.shape[:2], -1, features.shape[-1])
-        slots = prefix_ids == IMAGE_SLOT
-        words = self.language.embed(jnp.where(slots, 0, prefix_ids))
-        order = jnp.clip(jnp.cumsum(slots, axis=-1) - 1, 0, features.shape[2] - 1)  # which image token fills a slot
-        pictures = jnp.take_along_axis(features, order[..., None], axis=2)
+            features = features.reshape(*slots.shape[:2], -1, features.shape[-1])
         # A picture with some of its tokens cut off trains on in silence elsewhere. What is compiled cannot raise, so a
         # prefix whose slots are neither all nor none of its image tokens comes out as NaN.
         count = jnp.sum(slots & (jnp.arange(slots.shape[2])[None, None] < prefix_lengths[..., None]), axis=-1)
-        whole = (count == 0) | (count == features.shape[2])
-        pictures = jnp.where(whole[..., None, None], pictures, jnp.nan)
-        prefix = jnp.where(slots[..., None], pictures, words)
-        embeddings = layout.join(prefix, self.language.embed(answer_ids))
-        with jax.named_scope("language"):
-            return layout.split(self.language(embeddings, layout, prefix_lengths, answer_lengths))
+        return features, (count == 0) | (count == features.shape[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,44 +170,66 @@ class Llava:
         head = params["language"]["head"].astype(prefix.dtype)
         return jnp.einsum("bsd,dv->bsv", prefix[:, 0], head, preferred_element_type=jnp.float32)
 
-    def logps(self, params, groups, cell_image):
+    def logps(self, params, groups, cell_image, packing=None):
         """Scores all answers of each group, computing each image and question once.
 
         Args:
           params: the parameter tree.
           groups: the batch.
           cell_image: for each of the C cells, the index of the prefix that it continues; `Objective.cell_image`.
+          packing: a `Packing`, to compute no more tokens of a group than it has places; or None, to compute padding
+            like any token. The results are the same; those of a group with more tokens than places are NaN.
 
         Returns:
           Logps(sum, mean), float32[B, C] each, over the answers' tokens and with their weights if there are any.
         """
-        values = self.token_logps(params, groups, cell_image)
+        values = self.token_logps(params, groups, cell_image, packing)
         return log_probs.over_answers(values, groups.answer_lengths, groups.token_weights)
 
-    def token_logps(self, params, groups, cell_image):
+    def token_logps(self, params, groups, cell_image, packing=None):
         """Computes the log-prob of every answer token, float32[B, C, T]; see `logps`."""
-        hidden = self.predictors(params, groups, cell_image)
-        head = params["language"]["head"]
+        hidden, head = self.predictors(params, groups, cell_image, packing), params["language"]["head"]
+        order = self._order(groups, cell_image, packing)
+        targets = groups.answer_ids if order is None else order.pack_answers(groups.answer_ids)[:, None]
         with jax.named_scope("logps"):
-            return log_probs.token_logps(hidden, head, groups.answer_ids, chunk=self.config.logits_chunk)
+            values = log_probs.token_logps(hidden, head, targets, chunk=self._chunk(hidden, groups))
+            return values if order is None else order.unpack_answers(values[:, 0])
 
-    def token_kl(self, params, reference_params, groups, cell_image):
+    def token_kl(self, params, reference_params, groups, cell_image, packing=None):
         """Computes KL(reference || policy) over the vocabulary at every answer token, float32[B, C, T]."""
-        hidden = self.predictors(params, groups, cell_image)
-        reference = jax.lax.stop_gradient(self.predictors(reference_params, groups, cell_image))
+        hidden = self.predictors(params, groups, cell_image, packing)
+        reference = jax.lax.stop_gradient(self.predictors(reference_params, groups, cell_image, packing))
         heads = params["language"]["head"], jax.lax.stop_gradient(reference_params["language"]["head"])
-        return log_probs.token_kl(hidden, heads[0], reference, heads[1], chunk=self.config.logits_chunk)
+        values = log_probs.token_kl(hidden, heads[0], reference, heads[1], chunk=self._chunk(hidden, groups))
+        order = self._order(groups, cell_image, packing)
+        return values if order is None else order.unpack_answers(values[:, 0])
 
-    def predictors(self, params, groups, cell_image):
+    def predictors(self, params, groups, cell_image, packing=None):
         """Computes the hidden states that predict the answer tokens, float[B, C, T, D].
 
-        The first token of an answer is predicted by the last token of its prefix, the others by the token before.
+        The first token of an answer is predicted by the last token of its prefix, the others by the token before. With
+        a packing the answers lie one behind another, as one answer: float[B, 1, A, D]; see `Order.unpack_answers`.
         """
         check_groups(groups, cell_image, self.config)
+        if packing is not None:
+            order = self._order(groups, cell_image, packing)
+            return order.predictors(self._apply(params, *groups[:5], order, method="packed"))[:, None]
         prefix, answer = self._apply(params, *groups[:5], cell_image)
         last = jnp.take_along_axis(prefix, groups.prefix_lengths[:, :, None, None] - 1, axis=2)
         last = last[:, np.array(cell_image, np.int32)]
         return jnp.concatenate([last, answer[:, :, :-1]], axis=2)
+
+    def _order(self, groups, cell_image, packing):
+        """Returns the `TokenOrder` of a batch, or None without a packing."""
+        if packing is None:
+            return None
+        layout = Layout(groups.prefix_ids.shape[2], groups.answer_ids.shape[2], groups.prefix_ids.shape[1], cell_image)
+        lengths = groups.prefix_lengths, groups.answer_lengths
+        return packing.order(layout, *lengths, self.config.text.max_positions)
+
+    def _chunk(self, hidden, groups):
+        """Returns the chunk over the third axis of predictors that holds `logits_chunk` tokens of each answer."""
+        return self.config.logits_chunk * groups.answer_ids.shape[1] // hidden.shape[1]
 
     @property
     def _network(self):
@@ -203,8 +239,8 @@ class Llava:
     def _no_answers(batch):
         return jnp.zeros((batch, 0, 0), jnp.int32), jnp.zeros((batch, 0), jnp.int32)
 
-    def _apply(self, params, *args):
-        return self._network.apply({"params": params}, *args)
+    def _apply(self, params, *args, method=None):
+        return self._network.apply({"params": params}, *args, method=method)
 
 
 def check_groups(groups, cell_image, config):
