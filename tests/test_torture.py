@@ -88,7 +88,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(file):
-    return dataset_of(file, file.parent / "cache", batch_size=4, max_tokens=400)
+    return dataset_of(file, file.parent / "cache", batch_size=4, max_tokens=400, buckets=1)
 
 
 def test_every_drop_is_counted_with_its_reason(dataset):

@@ -1,14 +1,14 @@
 """Records in any order: preference rows with a picture, read by number out of many files.
 
 Every source file is converted once, to ArrayRecord, since parquet cannot be read in any order: for one row, all rows of
-its group are read and unpacked. `benchmarks/record_access.py`, with pictures of 60 KB, one thread, two busy cores:
+its group are read and unpacked. `benchmarks/record_access.py`, with pictures of 60 KB, one thread:
 
-    parquet, row groups of 1000       21 records/s    401 MB at the peak
-    parquet, row groups of 100       265 records/s    136 MB
-    Arrow file, mapped              7587 records/s    473 MB, all of the file that was touched
-    ArrayRecord                    16842 records/s      5 MB
+    parquet, row groups of 1000       37 records/s    400 MB at the peak
+    parquet, row groups of 100       410 records/s     83 MB
+    Arrow file, mapped             10757 records/s    473 MB, all of the file that was touched
+    ArrayRecord                    23872 records/s      5 MB
 
-The conversion of these 8000 rows, every picture decoded, took 11.6 s. It needs the disk space of the pictures again.
+The conversion of these 8000 rows, every picture decoded, took 6.3 s. It needs the disk space of the pictures again.
 """
 
 import glob
