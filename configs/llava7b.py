@@ -1,7 +1,8 @@
 """NaPO on LLaVA-1.5-7B, as the paper trains it."""
 
-from napo_jax.config import Config, DataConfig, ModelConfig
+from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from napo_jax.objective import napo
+from napo_jax.optim import OptimizerConfig
 
 
 def get_config():
@@ -9,5 +10,7 @@ def get_config():
     return Config(
         model=ModelConfig(path="llava-v1.5-7b"),
         data=DataConfig(path=("RLAIF-V-Bias/*.parquet",), batch_size=32),
+        optimizer=OptimizerConfig(learning_rate=5e-7, schedule="cosine", warmup=0.1, weight_decay=0.01),
+        train=TrainConfig(epochs=4.0),
         objective=napo(beta=0.1),
     )

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from napo_jax.objective import Objective, napo
+from napo_jax.optim import OptimizerConfig
+from napo_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +79,42 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and what is said and saved on the way."""
+
+    # Steps in all; None: as many as `epochs` take.
+    steps: int | None = None
+    epochs: float = 4.0
+    # Micro-batches that a batch is computed in, for less memory: with more than one, a forward pass is added.
+    accumulate: int = 1
+    # The reference's log-probs: "cache" computes them once and keeps them on disk, "live" runs it in every step.
+    reference: Literal["cache", "live"] = "cache"
+    # Steps between lines of metrics, and between checkpoints; the last step has both.
+    log_every: int = 10
+    checkpoint_every: int = 500
+    # The latest checkpoints that are kept.
+    keep: int = 3
+    # Of a random model's parameters.
+    seed: int = 0
+
+    def __post_init__(self):
+        """Checks the numbers."""
+        for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {value}")
+        if self.epochs <= 0:
+            raise ValueError(f"train.epochs must be positive, got {self.epochs}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All of a run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
     # Which answers under which images are compared, and how: set in the config file.
     objective: tyro.conf.Suppress[Objective] = dataclasses.field(default_factory=napo)
 

@@ -1,9 +1,10 @@
-"""Compiles the gradient of a small model for a TPU v5e and prints how many Pallas kernels each backend puts into it.
+"""Compiles the gradient of a small model for TPU v5e chips and prints how many Pallas kernels are in it.
 
 A program of its own, because libtpu reads its environment once per process.
 """
 
 import os
+from functools import partial
 
 # Without these, libtpu asks a metadata server that exists only in a cloud.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
@@ -17,16 +18,20 @@ from jax.experimental import topologies
 from napo_jax.models import Groups, Llava, LlavaConfig
 from napo_jax.models.clip import ClipConfig
 from napo_jax.models.llama import LlamaConfig
+from napo_jax.optim import flatten, unflatten
+from napo_jax.sharding import MeshConfig, make_mesh, over_rows, shard_params
 
 CELL_IMAGE = (0, 0, 0, 0)
 
 
+def placed(x, sharding):
+    """Returns a shape with its place on the devices."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 def main():
-    """Prints `backend count` for splash and xla."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    mesh = jax.sharding.Mesh(np.array(topology.devices)[:1], ("data",))
-    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    """Prints `backend chips count` for splash and xla, on one chip and on four."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     text = LlamaConfig(vocab_size=512, width=256, mlp_width=512, layers=2, heads=2, kv_heads=2)
     vision = ClipConfig(image_size=56, patch_size=14, width=64, mlp_width=128, layers=2, heads=2)
     groups = Groups(
@@ -36,12 +41,16 @@ def main():
         answer_ids=jax.ShapeDtypeStruct((2, 4, 64), jnp.int32),
         answer_lengths=jax.ShapeDtypeStruct((2, 4), jnp.int32),
     )
-    for backend in ("splash", "xla"):
+    for backend, shape in (("splash", (1, 1, 1)), ("splash", (1, 2, 2)), ("xla", (1, 1, 1))):
+        mesh = make_mesh(MeshConfig(*shape), devices[: int(np.prod(shape))])
         model = Llava(LlavaConfig(text, vision, jnp.bfloat16, jnp.bfloat16, attention=backend))
-        params = jax.tree.map(struct, jax.eval_shape(model.init, jax.random.key(0)))
+        leaves = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+        params = unflatten(jax.tree.map(placed, leaves, shard_params(leaves, mesh)[0]))
+        rows = jax.tree.map(partial(placed, sharding=over_rows(mesh)), groups)
         gradient = jax.grad(lambda params, groups, model=model: model.logps(params, groups, CELL_IMAGE).sum.sum())
-        compiled = jax.jit(gradient).lower(params, jax.tree.map(struct, groups)).compile()
-        print(backend, compiled.as_text().count('custom_call_target="tpu_custom_call"'))
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(gradient).lower(params, rows).compile()
+        print(backend, mesh.size, compiled.as_text().count('custom_call_target="tpu_custom_call"'))
 
 
 if __name__ == "__main__":

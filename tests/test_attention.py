@@ -13,6 +13,7 @@ from quick import quick_jit
 
 from napo_jax.models import attention
 from napo_jax.models.layout import Layout
+from napo_jax.sharding import MeshConfig, make_mesh
 
 # (layout, heads, kv heads, width of a head, prefix lengths, answer lengths)
 SMALL = (Layout(7, 5, 1, (0, 0, 0)), 4, 2, 8, [[7], [3]], [[5, 1, 4], [0, 5, 2]])
@@ -109,6 +110,18 @@ def test_splash_interpreted_equals_xla():
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_splash_on_a_mesh_equals_one_device(monkeypatch):
+    """Inside a mesh, each device runs the kernel on its own rows and heads."""
+    layout = Layout(128, 128, 1, (0,))
+    q, k, v, *rest = inputs((layout, 2, 2, 128, [[120], [128]], [[100], [7]]))
+    monkeypatch.setitem(attention._BACKENDS, "splash", partial(attention._splash, interpret=True))
+    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        spread = jax.jit(partial(attention.attend, backend="splash"), static_argnums=3)(q, k, v, *rest)
+    seen = valid((layout, 2, 2, 128, rest[1], rest[2]))
+    np.testing.assert_allclose(spread[seen], naive(q, k, v, *rest)[seen], rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_keeps_float32_sums():
     arguments = inputs(SMALL, jnp.bfloat16)
     got = jax.jit(attention._xla)(*arguments)
@@ -180,7 +193,8 @@ def test_the_model_compiles_for_a_tpu_that_is_not_there():
     script = Path(__file__).parent / "compile_for_tpu.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
+    kernels = {tuple(line.split()[:2]): int(line.split()[2]) for line in done.stdout.splitlines()}
     # forward, its repetition in the backward pass, and the two kernels of the backward pass
-    assert kernels["splash"] >= 3
-    assert kernels["xla"] == 0
+    assert kernels["splash", "1"] >= 3
+    assert kernels["splash", "4"] == kernels["splash", "1"]
+    assert kernels["xla", "1"] == 0

@@ -29,6 +29,7 @@ class Dataset:
     buckets: tuple[Bucket, ...]
     bucket_of: object  # int[N]
     vision: ClipConfig
+    cache: Path  # where records, groups and what is computed of them are kept
 
     @property
     def rows(self) -> int:
@@ -103,7 +104,7 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
         count=config.buckets,
         attention_multiple=config.attention_multiple,
     )
-    return Dataset(config, records, prompter, table, buckets, bucket_of, model.vision)
+    return Dataset(config, records, prompter, table, buckets, bucket_of, model.vision, cache)
 
 
 def _default_cache():

@@ -32,6 +32,8 @@ class Batch:
     seeds: np.ndarray  # uint32[B], the record's own: what is random about it comes from here, in every epoch the same
     ids: np.ndarray  # int32[B], the record's number; NO_GROUP where a row only fills the batch
     bucket: Bucket = dataclasses.field(metadata={"static": True})
+    # {cell: Logps of float32[B]}, the reference's, where they were computed before; see `napo_jax.reference`.
+    reference: dict | None = None
 
     @property
     def valid(self):

@@ -12,6 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from napo_jax.sharding import ROWS, inside_mesh
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 _SPLASH_BLOCK = 128
@@ -34,7 +37,13 @@ def attend(q, k, v, layout, prefix_lengths, answer_lengths, backend="auto"):
       float[B, S, H, K]; whatever stands at padding is of no use. Only reverse-mode derivatives are defined.
     """
     backend = resolve_backend(backend, q, k, layout)
-    return _BACKENDS[backend](q, k, v, layout, prefix_lengths, answer_lengths)
+    run = lambda *arrays: _BACKENDS[backend](*arrays[:3], layout, *arrays[3:])
+    if backend == "splash" and inside_mesh():
+        # jit cannot divide a Pallas kernel among devices; rows and heads are independent, so each does its own.
+        by_head, by_row = PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS)
+        specs = (by_head, by_head, by_head, by_row, by_row)
+        run = jax.shard_map(run, in_specs=specs, out_specs=by_head, check_vma=False)
+    return run(q, k, v, prefix_lengths, answer_lengths)
 
 
 def resolve_backend(backend, q, k, layout):
@@ -46,9 +55,7 @@ def resolve_backend(backend, q, k, layout):
     platform = jax.default_backend()
     if backend == "auto":
         for candidate, platforms in (("cudnn", ("gpu", "cuda")), ("splash", ("tpu",))):
-            # jit cannot divide a Pallas kernel among devices, so with several of them splash has to be asked for by
-            # name, inside a shard_map.
-            alone = candidate != "splash" or jax.device_count() == 1
+            alone = candidate != "splash" or jax.device_count() == 1 or inside_mesh()
             if platform in platforms and alone and _obstacle(candidate, platform, q, layout) is None:
                 return candidate
         return "xla"

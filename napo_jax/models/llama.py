@@ -10,6 +10,7 @@ from flax import linen as nn
 from napo_jax.models.attention import attend
 from napo_jax.models.layout import Layout, rope_tables, rotate
 from napo_jax.models.packing import TokenOrder
+from napo_jax.sharding import gather_whole, keep_rows
 
 # What the backward pass finds stored of each layer; the rest is computed again.
 REMAT_POLICIES = {
@@ -122,7 +123,7 @@ class DecoderLayer(nn.Module):
         attention = Attention(self.config, self.backend, **types, name="attention")
         x = x + attention(h, tables, layout, prefix_lengths, answer_lengths, order)
         h = RmsNorm(self.config.norm_eps, **types, name="mlp_norm")(x)
-        return x + Mlp(self.config, **types, name="mlp")(h), None
+        return keep_rows(x + Mlp(self.config, **types, name="mlp")(h)), None
 
 
 class Llama(nn.Module):
@@ -155,7 +156,7 @@ class Llama(nn.Module):
 
     def embed(self, ids):
         """Looks up int32[...] as float[..., D]."""
-        return self.embedding[ids].astype(self.dtype)
+        return keep_rows(gather_whole(self.embedding.astype(self.dtype))[ids])
 
     def __call__(self, embeddings, layout: Layout, prefix_lengths, answer_lengths, order: TokenOrder | None = None):
         """Maps embeddings float[B, S, D], or float[B, U, D] in an order, to hidden states of the same shape."""
@@ -169,5 +170,5 @@ class Llama(nn.Module):
         if order is not None:
             positions = order.pack(positions)
         tables = rope_tables(positions, self.config.head_width, self.config.rope_theta)
-        x, _ = self.layers(embeddings, tables, layout, prefix_lengths, answer_lengths, order)
-        return self.norm(x)
+        x, _ = self.layers(keep_rows(embeddings), tables, layout, prefix_lengths, answer_lengths, order)
+        return keep_rows(self.norm(x))

@@ -13,6 +13,7 @@ from napo_jax.models.attention import BACKENDS
 from napo_jax.models.clip import ClipConfig, ClipTower
 from napo_jax.models.layout import Layout
 from napo_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
+from napo_jax.sharding import keep_rows
 
 # Stands in token ids for one image token each; a picture takes `ClipConfig.image_tokens` of them.
 IMAGE_SLOT = -200
@@ -130,7 +131,7 @@ class _Network(nn.Module):
                 features = jax.lax.stop_gradient(features)
         with jax.named_scope("projector"):
             features = self.projector(features)
-            features = features.reshape(*slots.shape[:2], -1, features.shape[-1])
+            features = keep_rows(features.reshape(*slots.shape[:2], -1, features.shape[-1]))
         # A picture with some of its tokens cut off trains on in silence elsewhere. What is compiled cannot raise, so a
         # prefix whose slots are neither all nor none of its image tokens comes out as NaN.
         count = jnp.sum(slots & (jnp.arange(slots.shape[2])[None, None] < prefix_lengths[..., None]), axis=-1)
@@ -213,11 +214,11 @@ class Llava:
         check_groups(groups, cell_image, self.config)
         if packing is not None:
             order = self._order(groups, cell_image, packing)
-            return order.predictors(self._apply(params, *groups[:5], order, method="packed"))[:, None]
+            return keep_rows(order.predictors(self._apply(params, *groups[:5], order, method="packed")))[:, None]
         prefix, answer = self._apply(params, *groups[:5], cell_image)
         last = jnp.take_along_axis(prefix, groups.prefix_lengths[:, :, None, None] - 1, axis=2)
         last = last[:, np.array(cell_image, np.int32)]
-        return jnp.concatenate([last, answer[:, :, :-1]], axis=2)
+        return keep_rows(jnp.concatenate([last, answer[:, :, :-1]], axis=2))
 
     def _order(self, groups, cell_image, packing):
         """Returns the `TokenOrder` of a batch, or None without a packing."""

@@ -1,0 +1,93 @@
+"""AdamW on the leaves that train: schedule, decay, clipping."""
+
+import dataclasses
+import re
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How the trained leaves move."""
+
+    # At its peak.
+    learning_rate: float = 5e-7
+    # After the warmup: "cosine" or "linear" down to 0 at the last step, or "constant".
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    # The share of all steps in which the learning rate rises from 0.
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    # The largest norm of a step's gradient; None: any. The published training sets none.
+    clip_norm: float | None = None
+    # Which leaves train: a regular expression on paths such as language/layers/mlp/up/kernel.
+    trainable: str = r"(language|projector)/.*"
+    # Which of them the weight decay leaves alone.
+    no_decay: str = r".*/(scale|bias)"
+    # Type of the trained parameters that the optimizer holds. With bfloat16, small steps are lost in rounding.
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Type of AdamW's first moment; the second is float32 always.
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        """Checks the numbers."""
+        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0:
+            raise ValueError(
+                "optimizer: learning_rate must be positive, warmup in [0, 1) and weight_decay not negative, got "
+                f"{self.learning_rate}, {self.warmup} and {self.weight_decay}"
+            )
+        for name in ("trainable", "no_decay"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(f"optimizer.{name} is no regular expression: {error}") from None
+
+
+def flatten(params):
+    """Turns a tree of parameters into {path: leaf}, paths joined by slashes."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(*parts):
+    """Turns {path: leaf} dicts, taken together, into the tree."""
+    return traverse_util.unflatten_dict({path: leaf for part in parts for path, leaf in part.items()}, sep="/")
+
+
+def split_trained(leaves, config: OptimizerConfig):
+    """Splits {path: leaf} into those that train and those that do not; raises if none does."""
+    trained = {path: leaf for path, leaf in leaves.items() if re.fullmatch(config.trainable, path)}
+    if not trained:
+        raise ValueError(f"optimizer.trainable {config.trainable!r} matches no leaf, such as {next(iter(leaves))}")
+    return trained, {path: leaf for path, leaf in leaves.items() if path not in trained}
+
+
+def learning_rates(config: OptimizerConfig, steps: int):
+    """Returns the schedule: a step's number, from 0, to its learning rate. The first of a warmup is 0."""
+    peak, warmup = config.learning_rate, round(config.warmup * steps)
+    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    fall = {
+        "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
+        "linear": optax.linear_schedule(peak, 0.0, max(steps - warmup, 1)),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns AdamW for {path: leaf} trees of trained parameters."""
+    decays = lambda params: {path: not re.fullmatch(config.no_decay, path) for path in params}
+    adamw = optax.adamw(
+        learning_rates(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decays,
+        mu_dtype=jnp.dtype(config.moment_dtype),
+    )
+    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

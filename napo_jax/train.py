@@ -1,0 +1,288 @@
+"""Trains: `python -m napo_jax.train --config configs/debug.py --workdir runs/a`.
+
+The same command, given again, goes on from the last checkpoint of its workdir.
+"""
+
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from napo_jax.checkpoint import Checkpoints
+from napo_jax.config import Config, exit_with_one_line, parse
+from napo_jax.data.dataset import open_dataset
+from napo_jax.data.loader import on_devices
+from napo_jax.metrics import Console, Late, MetricsWriter, Pace, progress_line
+from napo_jax.model_source import describe_model
+from napo_jax.models import Llava
+from napo_jax.optim import flatten, make_optimizer, split_trained, unflatten
+from napo_jax.reference import open_reference
+from napo_jax.sharding import ROWS, make_mesh, over_rows, replicated, shard_params
+from napo_jax.step import Frozen, init_state, make_train_step
+from napo_jax.weights import load_pretrained
+
+_INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command's own options."""
+
+    # Where the run is kept: config.json, metrics.jsonl and checkpoints/. Local or gs://.
+    workdir: str | None = None
+
+
+class StoppedError(Exception):
+    """A run that ended before its last step; the message says why and how to go on."""
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
+
+
+def train(config: Config, workdir, console=None):
+    """Runs a training to its last step, from its last checkpoint if there is one.
+
+    Args:
+      config: the `Config`.
+      workdir: a folder of this run's own, local or gs://.
+      console: a `Console`; None for one on the standard output.
+
+    Returns:
+      the metrics of the last step, {name: float}. Raises StoppedError if the run was asked to end, or its loss did.
+    """
+    console, workdir = console or Console(), epath.Path(workdir)
+    mesh = make_mesh(config.mesh)
+    rows = math.prod(mesh.shape[axis] for axis in ROWS)
+    if config.data.batch_size % (rows * config.train.accumulate):
+        raise ValueError(
+            f"data.batch_size {config.data.batch_size} does not divide into {config.train.accumulate} micro-batches on "
+            f"{rows} devices (mesh.data x mesh.fsdp)"
+        )
+    shape, tokenizer = describe_model(config.model)
+    dataset = open_dataset(config.data, config.objective, tokenizer, shape)
+    loader = dataset.loader()
+    per_epoch = loader.order.steps_per_epoch
+    steps = config.train.steps or max(1, round(config.train.epochs * per_epoch))
+
+    model, trained, frozen, whole = _load_model(config, shape, mesh)
+    optimizer = make_optimizer(config.optimizer, steps)
+    for line in _report(config, dataset, steps, trained, frozen, whole):
+        console.note(line)
+
+    # The reference is the model as it was loaded: before anything of this run's own is restored.
+    compute = lambda leaves: {path: leaf.astype(shape.dtype) for path, leaf in leaves.items()}
+    attach, live = lambda batch: batch, None
+    if config.objective.reference_cells and config.train.reference == "live":
+        live = jax.jit(compute)(trained)
+    elif config.objective.reference_cells:
+        cache = dataset.cache / "reference"
+        tree = unflatten(jax.jit(compute)(trained), frozen)
+        reference = open_reference(
+            cache, dataset, config.objective, model, tree, mesh=mesh, progress=_Sometimes(console)
+        )
+        attach = reference.attach
+        del tree
+
+    state = _place_state(trained, optimizer, mesh)
+    del trained
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.train.keep)
+    start = 0
+    if (latest := checkpoints.latest()) is not None:
+        state, extra = checkpoints.restore(latest, state)
+        batches = loader()
+        batches.set_state(extra["data"])
+        start = batches.step
+        console.note(f"goes on from step {start} of {checkpoints.folder}")
+    if start >= steps:
+        console.note(f"{steps} steps are done: nothing to do")
+        return {}
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(_as_json(config), indent=1))
+
+    step_of = jax.jit(
+        make_train_step(model, config.objective, optimizer, accumulate=config.train.accumulate, mesh=mesh),
+        donate_argnums=0,
+    )
+    frozen = Frozen(frozen, live)
+    writer, late, pace, stop = MetricsWriter(workdir, start), Late(), Pace(), _StopSignal()
+    ids, seen, last = {}, set(), {}
+
+    def finish(done):
+        """Takes in a step's metrics once they are there; raises StoppedError where the loss is no number."""
+        nonlocal last
+        if done is None:
+            return
+        number, last = done
+        records, tokens = ids.pop(number)
+        pace.done(examples=config.data.batch_size, tokens=tokens)
+        if not math.isfinite(last["loss"]):
+            file = workdir / "not_finite.json"
+            file.write_text(
+                json.dumps({"step": number, "records": records, "metrics": {k: str(v) for k, v in last.items()}})
+            )
+            raise StoppedError(
+                f"the loss of step {number} is {last['loss']}; its records are in {file}, and the last good checkpoint "
+                f"is that of step {checkpoints.latest() or 0}",
+                1,
+            )
+        if number % config.train.log_every == 0 or number == steps:
+            rates = pace.rates()
+            writer.write(number, last | rates)
+            console.progress(progress_line(number, steps, last, rates))
+
+    def save(number):
+        finish(late.flush())  # what is not known to be good is not saved
+        writer.flush()
+        extra = {"data": {"step": number, "data": loader.fingerprint}, "config": _as_json(config)}
+        checkpoints.save(number, state, extra)
+
+    try:
+        with stop, jax.set_mesh(mesh):
+            for number, batch in enumerate(on_devices(map(attach, loader(start, steps)), over_rows(mesh)), start + 1):
+                if batch.bucket not in seen:
+                    pace.interrupted()
+                    seen.add(batch.bucket)
+                ids[number] = (
+                    batch.ids.tolist() if batch.ids.is_fully_addressable else [],
+                    batch.bucket.tokens * len(batch.ids),
+                )
+                state, metrics = step_of(state, frozen, batch)
+                finish(late.push(number, metrics))
+                if number % config.train.checkpoint_every == 0 or number == steps or stop.asked(number):
+                    save(number)
+                    pace.interrupted()
+                if stop.asked(number) and number < steps:
+                    raise StoppedError(
+                        f"asked to stop: saved step {number}; the same command goes on from there", _INTERRUPTED
+                    )
+    finally:
+        writer.close()
+        console.close()
+        checkpoints.close()
+    return last
+
+
+class _StopSignal:
+    """Whether the run was asked to end, by SIGTERM or by what schedules its machine."""
+
+    def __enter__(self):
+        self._got = False
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._hear)
+        except ValueError:  # not the main thread: somebody else's program, which hears its signals itself
+            self._before = None
+        return self
+
+    def __exit__(self, *error):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _hear(self, *_):
+        self._got = True
+
+    def asked(self, step):
+        """Tells whether to end after this step; the same on all processes."""
+        if jax.process_count() == 1:
+            return self._got
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+class _Sometimes:
+    """Shows a progress every few seconds, and its end."""
+
+    def __init__(self, console, seconds=5.0):
+        self._console, self._seconds, self._last = console, seconds, -math.inf
+
+    def __call__(self, progress):
+        if time.monotonic() - self._last >= self._seconds or progress.done == progress.total:
+            self._last = time.monotonic()
+            self._console.progress(str(progress))
+
+
+def _load_model(config, shape, mesh):
+    """Returns the model, its trained leaves, its frozen ones, and the paths of small leaves that could not be cut."""
+    found = {}
+
+    def place(shapes):
+        shardings, found["whole"] = shard_params(flatten(shapes), mesh)
+        return unflatten(shardings)
+
+    compute = {
+        "dtype": jnp.dtype(config.model.dtype),
+        "attention": config.model.attention,
+        "remat": config.model.remat,
+        # As the optimizer holds them: rounded to what computes only where they are frozen.
+        "param_dtype": jnp.dtype(config.optimizer.param_dtype),
+    }
+    if config.model.path is None:
+        model = Llava(dataclasses.replace(shape, **compute))
+        key = jax.random.key(config.train.seed)
+        params = jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))(key)
+    else:
+        model, params = load_pretrained(config.model.path, shardings=place, **compute)
+    trained, frozen = split_trained(flatten(params), config.optimizer)
+    frozen = jax.jit(lambda leaves: {path: leaf.astype(compute["dtype"]) for path, leaf in leaves.items()})(frozen)
+    return model, trained, frozen, found["whole"]
+
+
+def _place_state(trained, optimizer, mesh):
+    """Returns the first state; what the optimizer keeps of a leaf lies where the leaf does."""
+    begin = lambda leaves: init_state(leaves, optimizer)
+    place = {path: leaf.sharding for path, leaf in trained.items()}
+
+    def of(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return place[names[-1]] if names and leaf.shape == trained[names[-1]].shape else replicated(mesh)
+
+    shardings = jax.tree_util.tree_map_with_path(of, jax.eval_shape(begin, trained))
+    return jax.jit(begin, out_shardings=shardings)(trained)
+
+
+def _report(config, dataset, steps, trained, frozen, whole):
+    """Yields what a person wants to read before it starts."""
+    size = lambda leaves: sum(leaf.size for leaf in leaves.values())
+    name = config.model.path or "tiny and random"
+    yield f"model    {name}: {size(trained):,} parameters train, {size(frozen):,} do not"
+    if whole:
+        yield f"         held whole by every device: {', '.join(whole)}"
+    yield f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, mesh {config.mesh}"
+    yield (
+        f"data     {dataset.rows} rows, {len(dataset.table)} groups, {len(dataset.buckets)} buckets, "
+        f"padding {dataset.padding:.1%}"
+    )
+    if dataset.dropped:
+        yield "         dropped: " + ", ".join(f"{reason} {count}" for reason, count in dataset.dropped.items())
+    yield f"steps    {steps} of {config.data.batch_size} groups, {steps / dataset.order().steps_per_epoch:.2f} epochs"
+
+
+def _as_json(config):
+    """Returns a config as a dict for JSON; what is no plain value is written as it prints."""
+    return json.loads(
+        json.dumps(dataclasses.asdict(config), default=lambda value: getattr(value, "__name__", str(value)))
+    )
+
+
+def main(argv=None):
+    """Runs the command."""
+    config, options = parse(Options, argv, description=__doc__)
+    if options.workdir is None:
+        raise ValueError("say where the run is kept: --workdir runs/a, for example")
+    try:
+        train(config, options.workdir)
+    except StoppedError as reason:
+        print(reason, file=sys.stderr)
+        raise SystemExit(reason.status) from None
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,83 @@
+"""Where arrays lie: every leaf has its rule, and nothing large is copied in silence."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from napo_jax import sharding
+from napo_jax.models import Llava, LlavaConfig
+from napo_jax.optim import flatten
+from napo_jax.sharding import MeshConfig, make_mesh, shard_params
+
+
+def shapes_of(config):
+    return flatten(jax.eval_shape(Llava(config).init, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("make", [LlavaConfig.llava7b, LlavaConfig.llava13b])
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8)])
+def test_every_leaf_of_the_models_is_cut(make, mesh):
+    """Per device, the parameters take their share and a little for norms and biases."""
+    shapes = shapes_of(make())
+    shardings, whole = shard_params(shapes, make_mesh(MeshConfig(*mesh)))
+    assert list(shardings) == list(shapes)
+    assert set(whole) <= {"vision/patch/kernel", "vision/position_embedding"}
+    total = sum(leaf.size for leaf in shapes.values())
+    held = sum(
+        jnp.prod(jnp.array(shardings[path].shard_shape(leaf.shape), jnp.float32)) for path, leaf in shapes.items()
+    )
+    assert held < total / (mesh[1] * mesh[2]) * 1.01 + 3e6
+
+
+def test_a_head_is_not_cut_and_its_projections_are():
+    shardings, _ = shard_params(shapes_of(LlavaConfig.llava7b()), make_mesh(MeshConfig(1, 4, 2)))
+    spec = lambda path: shardings[path].spec
+    assert spec("language/layers/attention/query/kernel") == PartitionSpec(None, "fsdp", "tensor")
+    assert spec("language/layers/attention/out/kernel") == PartitionSpec(None, "tensor", "fsdp")
+    assert spec("language/layers/mlp_norm/scale") == PartitionSpec()
+
+
+def test_small_leaves_that_do_not_divide_are_whole_and_named():
+    shardings, whole = shard_params(shapes_of(LlavaConfig.tiny()), make_mesh(MeshConfig(1, 8, 1)))
+    assert "vision/position_embedding" not in whole
+    shapes = {"language/embedding": jax.ShapeDtypeStruct((259, 64), jnp.float32)}
+    shardings, whole = shard_params(shapes, make_mesh(MeshConfig(1, 4, 2)))
+    assert whole == ["language/embedding"]
+    assert shardings["language/embedding"].spec == PartitionSpec(None, "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "message"),
+    [
+        ("language/embedding", (32001, 4096), "does not divide by 2 .tensor. in dimension 0: choose another mesh"),
+        ("language/new/kernel", (4, 4), r"must match one sharding rule, and it matches \[\]"),
+        ("language/layers/large/bias", (2**10, 2**11), "large and no rule cuts it over fsdp: add one"),
+        ("language/head", (4096,), "the rule for language/head is of 2 dimensions, and it has 1"),
+    ],
+)
+def test_nothing_large_is_copied_in_silence(path, shape, message):
+    with pytest.raises(ValueError, match=message):
+        shard_params({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, make_mesh(MeshConfig(1, 4, 2)))
+
+
+def test_two_rules_for_one_leaf_collide(monkeypatch):
+    monkeypatch.setattr(sharding, "RULES", (*sharding.RULES, (r"language/h.*", ())))
+    with pytest.raises(
+        ValueError, match=r"must match one sharding rule, and it matches \['language/head', 'language/h"
+    ):
+        shard_params({"language/head": jax.ShapeDtypeStruct((8, 8), jnp.float32)}, make_mesh(MeshConfig()))
+
+
+def test_meshes():
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    for config, message in (
+        (MeshConfig(3, 1, 1), "takes 3 devices, and there are 8"),
+        (MeshConfig(-1, 3, 1), "takes 6 devices, and there are 8"),
+        (MeshConfig(-1, -1, 1), "one may be -1"),
+        (MeshConfig(0, 8, 1), "at least 1"),
+        (MeshConfig(1, 8, 1, slices=2), r"1 copies of the model .data. do not divide among 2 slices"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_mesh(config)

@@ -1,0 +1,153 @@
+"""The command that users type: it trains, and whatever ends it, the same command goes on to the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from napo_jax import train
+from napo_jax.config import exit_with_one_line
+
+STEPS = 9
+RATES = ("seconds_per_step", "examples_per_second", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def command(folder, name, *more):
+    """Returns the command of a short run."""
+    options = {"data.cache": folder / "cache", "data.made-up": 24, "data.batch-size": 4, "data.buckets": 1}
+    options |= {"train.steps": STEPS, "train.checkpoint-every": 3, "workdir": folder / name}
+    flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "napo_jax.train", "--config", "configs/debug.py", *flags, *more]
+
+
+def start(folder, name, *more):
+    """Starts a run; one CPU device, as a user has."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment.pop("XLA_FLAGS", None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(folder, name, *more), env=environment, **pipes)
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == status, err[-3000:]
+    return out, err
+
+
+def lines(folder, name):
+    """Returns {step: what was measured, without the rates}."""
+    file = folder / name / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    return {row.pop("step"): {key: value for key, value in row.items() if key not in RATES} for row in rows}
+
+
+def end_after(process, folder, name, step, how):
+    """Sends a signal as soon as a step was logged."""
+    until = time.monotonic() + 150
+    while max(lines(folder, name), default=0) < step:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(how)
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """A run that nothing interrupts."""
+    out, _ = finish(start(folder, "straight"))
+    assert "134,976 parameters train, 67,152 do not" in out
+    assert f"step {STEPS}/{STEPS}" in out
+    return lines(folder, "straight")
+
+
+def test_a_run_logs_every_step_and_begins_at_its_reference(straight, folder):
+    """T4: at the first step the policy is the cached reference, to the rounding of another batch."""
+    assert list(straight) == list(range(1, STEPS + 1))
+    for term in ("preference", "language_bias", "vision_bias"):
+        assert abs(straight[1][f"{term}/chosen_reward"]) < 1e-4
+        assert abs(straight[1][f"{term}/margin"]) < 1e-3
+        assert {f"{term}/{key}" for key in ("margin", "accuracy", "q", "weight")} <= set(straight[1])
+    assert straight[STEPS]["loss"] != straight[2]["loss"]
+    config = json.loads((folder / "straight" / "config.json").read_text())
+    assert config["train"]["steps"] == STEPS
+    assert sorted(path.name for path in (folder / "straight" / "checkpoints").iterdir() if path.name.isdigit()) == list(
+        "369"
+    )
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(straight, folder):
+    """T18: SIGKILL twice, the second time while it goes on; the losses are those of the uninterrupted run."""
+    for step in (5, 7):
+        process = start(folder, "killed")
+        end_after(process, folder, "killed", step, signal.SIGKILL)
+        process.communicate()
+    out, _ = finish(start(folder, "killed"))
+    assert "goes on from step" in out
+    assert lines(folder, "killed") == straight
+
+
+def test_a_run_that_is_asked_to_stop_saves_first(straight, folder):
+    process = start(folder, "asked", "--train.checkpoint-every", "100")
+    end_after(process, folder, "asked", 4, signal.SIGTERM)
+    _, err = finish(process, 143)
+    assert "the same command goes on from there" in err
+    stopped = int(err.rpartition("saved step ")[2].partition(";")[0])
+    assert 4 <= stopped < STEPS
+    out, _ = finish(start(folder, "asked"))
+    assert f"goes on from step {stopped}" in out
+    assert lines(folder, "asked") == straight
+    assert "nothing to do" in finish(start(folder, "asked"))[0]
+
+
+def test_a_live_reference_is_the_cached_one(straight, folder):
+    """The two modes agree: T6."""
+    finish(start(folder, "live", "--train.reference", "live", "--train.steps", "3", "--optimizer.schedule", "constant"))
+    finish(start(folder, "again", "--train.steps", "3", "--optimizer.schedule", "constant"))
+    live, cached = lines(folder, "live"), lines(folder, "again")
+    for step in (1, 2, 3):
+        for name, value in cached[step].items():
+            if not name.endswith("accuracy"):  # of margins that are 0 up to rounding
+                assert live[step][name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+        assert live[step]["loss"] == pytest.approx(cached[step]["loss"], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(folder):
+    rate = ["--optimizer.learning-rate", "1e30", "--optimizer.warmup", "0"]
+    _, err = finish(start(folder, "broken", *rate), 1)
+    assert "the last good checkpoint is that of step 0" in err
+    kept = json.loads((folder / "broken" / "not_finite.json").read_text())
+    assert len(kept["records"]) == 4
+    assert kept["metrics"]["loss"] == "nan"
+    assert not any(path.name.isdigit() for path in (folder / "broken" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "say where the run is kept: --workdir"),
+        (
+            ["--workdir", "x", "--data.batch-size", "6", "--train.accumulate", "4"],
+            "batch_size 6 does not divide into 4",
+        ),
+        (["--workdir", "x", "--mesh.fsdp", "3"], "takes 3 devices, and there are 8"),
+        (["--workdir", "x", "--train.steps", "0"], "train.steps must be at least 1"),
+        (["--workdir", "x", "--model.path", "/no/such/model", "--data.batch-size", "8"], "/no/such/model"),
+        (["--workdir", "x", "--data.path", "/no/such.parquet"], "names no file"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(more, message, capsys, tmp_path):
+    argv = ["--config", "configs/debug.py", "--data.cache", str(tmp_path), *more]
+    with pytest.raises(SystemExit) as stop:
+        exit_with_one_line(lambda: train.main(argv))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
