@@ -90,12 +90,15 @@ def train(config: Config, workdir, console=None):
         attach = reference.attach
         del tree
 
-    state = _place_state(trained, optimizer, mesh)
-    del trained
+    begin, shapes = _first_state(trained, optimizer, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.train.keep)
     start = 0
-    if (latest := checkpoints.latest()) is not None:
-        state, extra = checkpoints.restore(latest, state)
+    if (latest := checkpoints.latest()) is None:
+        state = begin(trained)
+        del trained
+    else:
+        del trained  # there is room for one of them
+        state, extra = checkpoints.restore(latest, shapes)
         batches = loader()
         batches.set_state(extra["data"])
         start = batches.step
@@ -235,17 +238,22 @@ def _load_model(config, shape, mesh):
     return model, trained, frozen, found["whole"]
 
 
-def _place_state(trained, optimizer, mesh):
-    """Returns the first state; what the optimizer keeps of a leaf lies where the leaf does."""
+def _first_state(trained, optimizer, mesh):
+    """Returns what makes the first state of the trained leaves, which it may consume, and the state's shapes.
+
+    What the optimizer keeps of a leaf lies where the leaf does, and all else on every device.
+    """
     begin = lambda leaves: init_state(leaves, optimizer)
-    place = {path: leaf.sharding for path, leaf in trained.items()}
+    where = {path: leaf.sharding for path, leaf in trained.items()}
 
-    def of(path, leaf):
+    def place(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        return place[names[-1]] if names and leaf.shape == trained[names[-1]].shape else replicated(mesh)
+        sharding = where[names[-1]] if names else replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    shardings = jax.tree_util.tree_map_with_path(of, jax.eval_shape(begin, trained))
-    return jax.jit(begin, out_shardings=shardings)(trained)
+    shapes = jax.tree_util.tree_map_with_path(place, jax.eval_shape(begin, trained))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=0), shapes
 
 
 def _report(config, dataset, steps, trained, frozen, whole):
