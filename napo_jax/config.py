@@ -5,15 +5,32 @@ A config file defines `get_config() -> Config`. Every field below is a flag of e
 
 import dataclasses
 import importlib.util
+import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
 from napo_jax.objective import Objective, napo
 from napo_jax.optim import OptimizerConfig
 from napo_jax.sharding import MeshConfig
+
+
+def _check_fields(config, group):
+    """Holds the fields that are numbers, switches or choices against their types: a config file may say anything."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{group}.{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        if kind in (int, bool) and type(value) is not kind:
+            wanted = "a whole number" if kind is int else "true or false"
+            raise ValueError(f"{group}.{name} must be {wanted}, got {value!r}")
+        if kind == (str | None) and not isinstance(value, str | os.PathLike | None):
+            raise ValueError(f"{group}.{name} must be a path or None, got {value!r}")
+        if kind == dict[str, str] and not (isinstance(value, dict) and all(isinstance(v, str) for v in value.values())):
+            raise ValueError(f"{group}.{name} must be a dict of names, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +46,10 @@ class ModelConfig:
     # What the decoder stores for the backward pass: "none" recomputes nothing, "dots" a little, "full" each layer.
     remat: Literal["none", "dots", "full"] = "full"
 
+    def __post_init__(self):
+        """Checks the fields' types and choices."""
+        _check_fields(self, "model")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -37,7 +58,7 @@ class DataConfig:
     # Parquet or JSONL files: a path, several, a glob or a folder. None: this many made-up records instead.
     path: tuple[str, ...] | None = None
     made_up: int = 256
-    # Our column name = theirs, where they differ: question=prompt image=picture.
+    # Our name of a column and theirs, in pairs, where they differ: question prompt image picture.
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     # The folder that image paths in the records start from.
     image_root: str | None = None
@@ -68,14 +89,21 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self):
-        """Checks the numbers."""
+        """Checks the fields' types and choices, and the numbers."""
+        if isinstance(self.path, str):
+            object.__setattr__(self, "path", (self.path,))
+        _check_fields(self, "data")
         for name in ("batch_size", "buckets", "attention_multiple", "threads", "made_up", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if self.workers < 0 or self.seed < 0:
             raise ValueError(f"data.workers and data.seed must not be negative, got {self.workers} and {self.seed}")
-        if isinstance(self.path, str):
-            object.__setattr__(self, "path", (self.path,))
+        if self.seed >= 2**32:
+            raise ValueError(f"data.seed must be below 2**32, got {self.seed}")
+        if self.attention_multiple > 2**15:
+            raise ValueError(f"data.attention_multiple must be at most {2**15}, got {self.attention_multiple}")
+        if self.path is not None and not self.path:
+            raise ValueError("data.path is empty; name files, a folder or a glob")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +126,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        """Checks the numbers."""
+        """Checks the fields' types and choices, and the numbers."""
+        _check_fields(self, "train")
         for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {value}")
@@ -120,15 +149,20 @@ class Config:
 
 
 def load_config(file) -> Config:
-    """Runs a config file and returns what its `get_config` makes; raises one line if there is none."""
+    """Runs a config file and returns what its `get_config` makes; raises one line if it makes none."""
     path = Path(file)
-    if not path.is_file():
+    if not path.is_file() or path.suffix != ".py":
         near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ValueError(f"no config file {file}; {'there are ' + ', '.join(near) if near else 'look in configs/'}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config() if hasattr(module, "get_config") else None
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:  # a program, which fails in any way
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {frames[-1].lineno}" if frames else ""
+        raise ValueError(f"{file}{where} fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ValueError(f"{file} must define get_config() that returns a napo_jax.config.Config, got {config!r}")
     return config
@@ -158,8 +192,10 @@ def parse(options: type, argv=None, *, description: str) -> tuple[Config, Any]:
         ],
     )
     given = tyro.cli(command, default=command(file, options(), default), args=rest, description=description)
-    if file is None:
+    if not file:
         raise ValueError("say which config to use: --config configs/debug.py, for example")
+    if given.config != file:
+        raise ValueError(f"--config is given twice, {file} and {given.config}; name one file")
     return given.run, given.options
 
 
@@ -177,6 +213,12 @@ def exit_with_one_line(main):
     """Runs a command; what is wrong with its usage, config or data becomes one line and exit status 2."""
     try:
         main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    # Of what the system says of a file, that which another path or another permission would change.
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _one_line(error):
+    """Returns a message with what is not printable escaped: names of files and columns may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))

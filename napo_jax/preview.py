@@ -19,6 +19,11 @@ class Options:
     # How many groups the page shows: the first that training would see.
     groups: int = 6
 
+    def __post_init__(self):
+        """Checks the number."""
+        if self.groups < 0:
+            raise ValueError(f"groups must not be negative, got {self.groups}")
+
 
 def summarise(dataset):
     """Returns what there is to know of a `Dataset` before training on it, as a dict for JSON."""

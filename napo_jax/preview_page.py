@@ -4,6 +4,7 @@ import base64
 import html
 import io
 
+import jax
 import numpy as np
 from etils import epath
 from PIL import Image
@@ -131,8 +132,9 @@ def _samples(dataset, objective, count):
     batches = dataset.loader(order, rows=(0, order.batch_size))(0, order.steps_per_epoch)
     group_of = {int(record): group for group, record in enumerate(dataset.table.records)}
     for batch in batches:
-        clean = images.normalise(batch.images)
-        variants = image_variants(clean, batch.seeds, objective.image_variants, patch=dataset.vision.patch_size)
+        with jax.default_device(jax.devices("cpu")[0]):  # a preview leaves accelerators alone
+            clean = images.normalise(batch.images)
+            variants = image_variants(clean, batch.seeds, objective.image_variants, patch=dataset.vision.patch_size)
         for record, pictures in zip(batch.ids, np.asarray(variants), strict=True):
             if count == 0:
                 return

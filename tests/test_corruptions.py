@@ -79,7 +79,9 @@ def test_variants_do_not_depend_on_the_compiler():
         np.testing.assert_allclose(image, variants()[name][:2], rtol=0, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["crop", "diffusion", "region", "noise", "rotate", "shuffle_patches"])
+@pytest.mark.parametrize(
+    "name", ["crop", "diffusion", "diffusion_pixels", "region", "noise", "rotate", "shuffle_patches"]
+)
 def test_the_seed_decides(name):
     same_picture = np.broadcast_to(IMAGES[:1], IMAGES.shape)
     seeds = SEEDS.copy()
@@ -132,6 +134,18 @@ def test_in_pixel_space_the_noisy_pixels_are_clamped():
     assert np.mean((pixels < 0) | (pixels > 1)) > 0.1  # without the clamp
     expected = (np.clip(pixels, 0, 1) - MEAN) / STD
     np.testing.assert_allclose(make("diffusion", space="pixels"), expected, rtol=0, atol=1e-5)
+
+
+def test_the_pixel_variant_is_that_with_noise_of_its_own():
+    pixels = variants()["diffusion_pixels"] * STD + MEAN
+    assert pixels.min() >= -1e-6
+    assert pixels.max() <= 1 + 1e-6
+    inside = (pixels > 0.01) & (pixels < 0.99)
+    noise = (pixels - np.sqrt(ABAR[500]) * (IMAGES * STD + MEAN)) / np.sqrt(1 - ABAR[500])
+    other = (variants()["diffusion"] - np.sqrt(ABAR[500]) * IMAGES) / np.sqrt(1 - ABAR[500])
+    assert abs(np.corrcoef(noise[inside], other[inside])[0, 1]) < 0.02
+    far = np.abs(IMAGES * STD + MEAN - 0.55) < 0.05  # where the clamp takes the tails of both sides alike
+    assert np.std(noise[far]) == pytest.approx(0.78, abs=0.12)
 
 
 def test_region_leaves_the_rest_of_the_picture_as_it_is():

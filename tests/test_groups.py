@@ -1,5 +1,7 @@
 """Which rows become groups, with which tokens; and that everything else is counted."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -100,6 +102,34 @@ def test_a_long_answer_is_cut_or_dropped_and_the_image_never(tmp_path):
     assert dropped.records.tolist() == [0, 2]
     none = table_of(tmp_path, pair(), pair(question="Is it a long one?" * 3), max_tokens=limit)
     assert none.dropped == {"prefix_too_long": 1}
+
+
+@pytest.mark.parametrize(("room", "kept"), [(-1, 0), (0, 0), (1, 1), (2, 1)])
+def test_a_prefix_needs_room_for_one_token_of_an_answer(tmp_path, room, kept):
+    """T2 and T3: an answer cut to nothing would be a mean over no token. The other row is short enough for all."""
+    short, long = pair("a", "b", "?"), pair(question="Is it a long one?")
+    table = table_of(tmp_path, short, long, max_tokens=len(PROMPTER.prefix(long[0])) + room)
+    assert len(table) == 1 + kept
+    assert table.dropped == ({} if kept else {"prefix_too_long": 1})
+    assert table.answer_lengths[1:].tolist() == [[room] * 3] * kept
+
+
+def test_the_largest_id_is_that_of_all_rows(tmp_path):
+    """It tells a tokenizer of another model; the row that holds it may be any."""
+    for rows in ([pair("\x7f"), pair("!", "!", "!")], [pair("!", "!", "!"), pair("!", "\x7f", "!")]):
+        table = table_of(tmp_path, *rows)
+        ids = [np.concatenate([table.tokens(g)[0], *table.tokens(g)[1].values()]).max() for g in range(2)]
+        assert ids[0] != ids[1]
+        assert table.largest_id == max(ids)
+
+
+def test_a_table_travels_without_its_ids(tmp_path):
+    """A worker process opens the file itself; else every one would be sent, and hold, all ids."""
+    table = table_of(tmp_path, pair("y" * 9000), max_tokens=10_000)
+    want = table.tokens(0)[1]["chosen"].tolist()
+    data = pickle.dumps(table)
+    assert len(data) < 9000
+    assert pickle.loads(data).tokens(0)[1]["chosen"].tolist() == want
 
 
 def test_equal_answers_are_counted_and_dropped_if_asked(tmp_path):

@@ -20,7 +20,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 from transformers.models.llava import LlavaImageProcessorPil
 
 from napo_jax.data.images import normalise
-from napo_jax.data.loader import Loader, on_devices
+from napo_jax.data.loader import Loader, on_devices, process_rows
 from napo_jax.data.order import NO_GROUP
 from napo_jax.data.records import DataError
 
@@ -162,6 +162,38 @@ def test_the_position_is_saved_and_set(dataset):
     assert next(shares).ids.tolist() == next(iter(loader(9))).ids[:3].tolist()
 
 
+def test_a_position_is_of_the_same_texts_pixels_and_shapes(file, dataset, tmp_path):
+    """What changes batches and not the order of groups is another run too."""
+    state = dataset.loader()().get_state()
+    table = pq.read_table(file)
+    question = pa.array([text.replace("row", "one") for text in table["question"].to_pylist()])  # of equal lengths
+    pq.write_table(table.set_column(1, "question", question), tmp_path / "rows.parquet")
+    cache = file.parent / "cache"
+    others = [dataset_of(tmp_path / "rows.parquet", tmp_path / "cache")]
+    changes = ({"image_rule": "crop"}, {"exif": True}, {"attention_multiple": 16})
+    others += [dataset_of(file, cache, **change) for change in changes]
+    for other in others:
+        assert other.order().fingerprint == dataset.order().fingerprint
+        with pytest.raises(ValueError, match="saved position is of other data or settings"):
+            other.loader()().set_state(state)
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_pictures_are_turned_if_asked(tmp_path, exif):
+    """A camera's note says that the left half, black, is to be the upper one."""
+    half, note, data = Image.new("RGB", (40, 40), "white"), Image.Exif(), io.BytesIO()
+    half.paste("black", (0, 0, 20, 40))
+    note[0x0112] = 6
+    half.save(data, "PNG", exif=note)
+    names = ("question", "chosen", "rejected", "question_only", "image_only")
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"image": [data.getvalue()] * BATCH} | {name: ["a"] * BATCH for name in names}), path)
+    batch = next(dataset_of(path, tmp_path / "cache", exif=exif).loader()())
+    corner = batch.images[0][2:-2, 2:-2]
+    assert (corner[0, -1] == (0 if exif else 255)).all()
+    assert (corner[-1, 0] == (255 if exif else 0)).all()
+
+
 def test_the_records_own_seed_stays(dataset):
     """What is random about a record is the same in every epoch, and other with another seed of the run."""
 
@@ -210,6 +242,29 @@ def test_a_few_batches_are_on_their_way(dataset):
     next(batches)
     assert len(read) == 3
     assert len(list(batches)) == 5
+
+
+def test_a_run_that_is_past_its_end_has_no_batch_left(dataset):
+    batches = dataset.loader()(7, 5)
+    assert list(batches) == []
+
+
+def test_a_batch_axis_that_processes_share_is_refused(dataset, monkeypatch):
+    """Each process has rows of its own; a sharding that gives two of them the same rows would mix them in silence."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="not split over all 2 processes"):
+        next(on_devices(dataset.loader(rows=(0, 6))(0, 1), NamedSharding(mesh, PartitionSpec("data"))))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_divide_a_batch_among_them(monkeypatch, count):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    shares = []
+    for index in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        shares += range(*process_rows(6))
+    assert shares == list(range(6))
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, dataset):

@@ -16,6 +16,7 @@ from PIL import Image
 from napo_jax import config, preview
 from napo_jax.config import Config, DataConfig, exit_with_one_line, load_config, parse
 
+RUN_ANSWERS = ("chosen", "rejected", "question_only", "image_only")
 SCRIPT = "<script>document.title='owned'</script>"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -151,7 +152,7 @@ def test_image_variants_are_shown(file, tmp_path):
         "def get_config():\n"
         "    terms = [Term('text', dpo_loss, 'chosen', 'rejected')]\n"
         "    terms += [Term(v, dpo_loss, 'chosen', f'chosen@{v}') for v in ('black', 'diffusion')]\n"
-        "    return Config(ModelConfig(), DataConfig(batch_size=2, attention_multiple=8), Objective(terms))\n"
+        "    return Config(ModelConfig(), DataConfig(batch_size=2, attention_multiple=8), objective=Objective(terms))\n"
     )
     page = tmp_path / "page.html"
     run(file, "--html", str(page), "--groups", "2", source=source)
@@ -200,6 +201,80 @@ def test_a_bad_command_line_is_one_line_and_exit_2(argv, message, capsys):
     import re
 
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("import nothing_like_that", "line 1 fails: ModuleNotFoundError"),
+        (
+            "from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(batchsize=3))",
+            "TypeError.*batchsize",
+        ),
+        ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(identical='Drop'))", "keep, drop"),
+        ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(long_answers='c'))", "cut, drop"),
+        ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(image_rule='p'))", "pad, crop"),
+        ("from napo_jax.config import *; get_config = lambda: Config(ModelConfig(remat='all'))", "none, dots, full"),
+        ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(batch_size=2.5))", "whole number"),
+        ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(exif='no'))", "true or false"),
+        ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(seed=2**32))", "below 2"),
+        ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(columns=None))", "dict of names"),
+        ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(path=[]))", "path is empty"),
+    ],
+)
+def test_a_config_file_gone_wrong_is_one_line(tmp_path, line, message):
+    """A mistake in a file is no flag that tyro would look at: `identical="Drop"` must not quietly mean "keep"."""
+    file = tmp_path / "config.py"
+    file.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        load_config(file)
+
+
+def run_wrong(capsys, *argv):
+    """Runs the command, which has to end with status 2 and one line; returns that."""
+    with pytest.raises(SystemExit) as stop:
+        exit_with_one_line(lambda: preview.main(list(map(str, argv))))
+    assert stop.value.code == 2
+    *reports, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert not any("rror" in report for report in reports)
+    return line
+
+
+def test_paths_that_lead_nowhere_are_one_line(file, tmp_path, capsys):
+    debug = ["--config", "configs/debug.py"]
+    data = [*debug, "--data.path", file, "--data.batch-size", "2", "--data.cache", tmp_path / "cache"]
+    assert "nodir" in run_wrong(capsys, *data, "--html", tmp_path / "nodir" / "page.html")
+    assert "directory" in run_wrong(capsys, *data, "--html", tmp_path)
+    assert "rows.parquet" in run_wrong(capsys, *debug, "--data.cache", file)
+    (tmp_path / "dangling.parquet").symlink_to("nowhere")
+    assert "names no file" in run_wrong(capsys, *debug, "--data.path", tmp_path / "dangling.parquet")
+    assert "neither local nor" in run_wrong(capsys, *debug, "--data.path", "http://a/b.parquet")
+    assert "given twice" in run_wrong(capsys, *debug, "--config", "configs/llava7b.py")
+    assert "say which config" in run_wrong(capsys, "--config=")
+
+
+def test_names_of_files_and_columns_cannot_break_the_line(tmp_path, capsys):
+    path = tmp_path / "a\nb.parquet"
+    pq.write_table(pa.table({"i\n\x1b[2J": [1]}), path)
+    line = run_wrong(capsys, "--config", "configs/debug.py", "--data.path", path, "--data.cache", tmp_path)
+    assert r"a\nb.parquet" in line
+    assert r"i\n\x1b[2J" in line
+    twice = pa.table([pa.array(["x"])] * 3, names=["image", "question", "image"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    argv = ["--config", "configs/debug.py", "--data.path", tmp_path / "twice.parquet", "--data.cache", tmp_path]
+    assert "no column chosen" in run_wrong(capsys, *argv)
+    pq.write_table(
+        pa.table([pa.array(["x"])] * 7, names=[*twice.column_names, *RUN_ANSWERS]), tmp_path / "twice.parquet"
+    )
+    assert "several columns called image" in run_wrong(capsys, *argv)
+
+
+def test_what_the_model_cannot_take_is_said_before_files_are_converted(file, tmp_path, capsys):
+    data = ["--config", "configs/debug.py", "--data.path", file, "--data.cache", tmp_path / "cache"]
+    assert "2048 positions" in run_wrong(capsys, *data, "--data.max-tokens", "4096")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_typo_is_met_with_a_proposal(capsys):

@@ -22,7 +22,8 @@ from napo_jax.data.images import MEAN, STD
 VARIANTS = (
     "clean",  # the picture itself
     "crop",  # a random 1% to 20% of it, at full size (mDPO)
-    "diffusion",  # noise as of a diffusion step (CHiP, POVID)
+    "diffusion",  # noise as of a diffusion step, on the normalised picture (CHiP)
+    "diffusion_pixels",  # that noise on pixels in [0, 1], clamped (POVID, but for the clamp)
     "region",  # that noise inside a mask only (MFPO)
     "black",  # pixels of 0
     "white",  # pixels of 255
@@ -100,6 +101,8 @@ def image_variants(
                 return each(crop)
             case "diffusion":
                 return each(functools.partial(diffusion, step=step, space=space))
+            case "diffusion_pixels":
+                return each(functools.partial(diffusion, step=step, space="pixels"))
             case "region":
                 return each(functools.partial(region, step=step, space=space), masks)
             case "black":

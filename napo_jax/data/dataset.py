@@ -71,6 +71,15 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
     """
     if unknown := sorted(set(objective.image_variants) - set(VARIANTS)):
         raise ValueError(f"the objective needs the image variants {unknown}; there are {', '.join(VARIANTS)}")
+    # Before any file is converted, which may take an hour.
+    if "region" in objective.image_variants:
+        raise ValueError("the objective needs the image variant region, and records hold no masks of regions yet")
+    if "swap" in objective.image_variants and config.batch_size == 1:
+        raise ValueError("the objective swaps pictures within a batch, and data.batch_size is 1")
+    if config.max_tokens > model.text.max_positions:
+        raise ValueError(
+            f"data.max_tokens is {config.max_tokens}, and the model has {model.text.max_positions} positions: lower it"
+        )
     rules = GroupRules.of(
         objective, max_tokens=config.max_tokens, long_answers=config.long_answers, identical=config.identical
     )
@@ -87,10 +96,6 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
             exif=config.exif,
         )
     prompter = Prompter(tokenizer, config.template, model.vision.image_tokens)
-    if config.max_tokens > model.text.max_positions:
-        raise ValueError(
-            f"data.max_tokens is {config.max_tokens}, and the model has {model.text.max_positions} positions: lower it"
-        )
     table = tabulate(records, prompter, rules, cache / "groups")
     if table.largest_id >= model.text.vocab_size:
         raise ValueError(

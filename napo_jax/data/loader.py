@@ -148,7 +148,7 @@ class _Steps:
 
     def __len__(self):
         # Epochs without end: Grain wants a length, and no run gets there.
-        return (2**62 if self.stop is None else self.stop) - self.start
+        return max(0, (2**62 if self.stop is None else self.stop) - self.start)
 
     def __getitem__(self, i):
         bucket, groups = self.order[self.start + i]
@@ -195,7 +195,12 @@ def on_devices(batches, sharding=None, ahead=2):
     """
 
     def put(x):
-        return jax.device_put(x) if sharding is None else jax.make_array_from_process_local_data(sharding, x)
+        if sharding is None:
+            return jax.device_put(x)
+        whole = jax.make_array_from_process_local_data(sharding, x)
+        if len(whole) != len(x) * jax.process_count():  # processes would hold different rows for the same ones
+            raise ValueError(f"the batch axis of {sharding} is not split over all {jax.process_count()} processes")
+        return whole
 
     queue = collections.deque()
     for batch in batches:

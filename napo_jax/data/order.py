@@ -14,9 +14,10 @@ NO_GROUP = -1  # fills the last batch of an order that keeps its rest
 class Order:
     """Batches drawn from one bucket at a time, shuffled over everything, in a new order each epoch.
 
-    In an epoch every group comes at most once. The groups of a bucket that are left over when its batches are full move
-    up into the next larger one, so that fewer than a batch of them are left over in all; those are other ones in each
-    epoch. With `keep_rest` they make a last batch, filled up with NO_GROUP.
+    In an epoch every group comes at most once. Those that do not divide into whole batches are left out; they are drawn
+    anew in each epoch from all groups alike, or else the longest would be left out every time. The groups of a bucket
+    that are over when its batches are full move up into the next larger one. With `keep_rest` no group is left out, and
+    the last batch is filled up with NO_GROUP.
     """
 
     def __init__(self, bucket_of, batch_size, *, seed=0, shuffle=True, keep_rest=False):
@@ -48,8 +49,12 @@ class Order:
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         buckets, batches = [], []
         rest = np.zeros(0, np.int32)
+        bucket_of = self.bucket_of
+        if self.shuffle and not self.keep_rest:
+            out = random.choice(len(bucket_of), len(bucket_of) % self.batch_size, replace=False)
+            bucket_of = np.where(np.isin(np.arange(len(bucket_of)), out), -1, bucket_of)
         for bucket in range(self.bucket_of.max() + 1):
-            members = np.concatenate([rest, np.flatnonzero(self.bucket_of == bucket).astype(np.int32)])
+            members = np.concatenate([rest, np.flatnonzero(bucket_of == bucket).astype(np.int32)])
             if self.shuffle:
                 random.shuffle(members)
             full = len(members) // self.batch_size

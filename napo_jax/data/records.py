@@ -161,12 +161,17 @@ def _glob(path):
         raise DataError(f"{path}: ** works on local folders alone; write one * for each level")
     else:
         found = path.parent.glob(path.name)
-    return [file for file in found if not file.is_dir()]
+    return [file for file in found if file.exists() and not file.is_dir()]  # a link may lead nowhere
 
 
 def _absolute(path):
     path = os.fspath(path)
-    return epath.Path(path if not is_local(path) else os.path.abspath(os.path.expanduser(path)))
+    if is_local(path):
+        return epath.Path(os.path.abspath(os.path.expanduser(path)))
+    try:
+        return epath.Path(path)
+    except KeyError:
+        raise DataError(f"{path} is neither local nor of a kind of storage that is known, such as gs://") from None
 
 
 def _list(files):

@@ -81,6 +81,8 @@ def match_columns(file, there: Sequence[str], mapping: Mapping[str, str], answer
         if found.get(name) is None:
             wanted = " or ".join(known.get(name, (name,)))
             raise DataError(f"{file} has no column {wanted} for {name!r}; map one of those there: {', '.join(there)}")
+    if twice := sorted(column for column in set(found.values()) if there.count(column) > 1):
+        raise DataError(f"{file} has several columns called {', '.join(twice)}; give them names of their own")
     return {name: column for name, column in found.items() if column is not None}
 
 

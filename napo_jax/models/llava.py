@@ -209,7 +209,7 @@ class Llava:
         """Computes the hidden states that predict the answer tokens, float[B, C, T, D].
 
         The first token of an answer is predicted by the last token of its prefix, the others by the token before. With
-        a packing the answers lie one behind another, as one answer: float[B, 1, A, D]; see `Order.unpack_answers`.
+        a packing the answers lie one behind another, as one answer: float[B, 1, A, D]; see `TokenOrder.unpack_answers`.
         """
         check_groups(groups, cell_image, self.config)
         if packing is not None:
