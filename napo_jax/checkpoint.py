@@ -8,6 +8,7 @@ not as instances of classes: what was saved outlives the classes of the optimize
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -40,7 +41,8 @@ class Checkpoints:
                 "keep_last must be at least 1, keep_best not negative and best_mode 'min' or 'max', got "
                 f"{keep_last}, {keep_best} and {best_mode!r}"
             )
-        self.folder = epath.Path(folder)
+        folder = os.fspath(folder)
+        self.folder = epath.Path(folder if "://" in folder else os.path.abspath(folder))  # Orbax writes to no other
         self._keep_last, self._keep_best = keep_last, keep_best
         self._best_metric, self._best_mode = best_metric, best_mode
 

@@ -323,3 +323,16 @@ if __name__ == "__main__":
     task, folder, *numbers = sys.argv[1:]
     tasks = {"save": save_for_ever, "pair": save_as_one_of_two}
     tasks[task](Path(folder), *map(int, numbers))
+
+
+def test_a_folder_may_be_named_from_here(tmp_path, monkeypatch):
+    """As users name it: --workdir runs/a."""
+    monkeypatch.chdir(tmp_path)
+    state = {"x": jnp.arange(3)}
+    with Checkpoints("runs/a/checkpoints") as checkpoints:
+        checkpoints.save(1, state, {"step": 1})
+        assert checkpoints.latest() == 1
+        restored, extra = checkpoints.restore(1, state)
+    assert restored["x"].tolist() == [0, 1, 2]
+    assert extra == {"step": 1}
+    assert (tmp_path / "runs/a/checkpoints/1").is_dir()
