@@ -77,7 +77,7 @@ def train(config: Config, workdir, console=None):
         console.note(line)
 
     # The reference is the model as it was loaded: before anything of this run's own is restored.
-    compute = lambda leaves: {path: leaf.astype(shape.dtype) for path, leaf in leaves.items()}
+    compute = lambda leaves: {path: leaf.astype(model.config.dtype) for path, leaf in leaves.items()}
     attach, live = lambda batch: batch, None
     if config.objective.reference_cells and config.train.reference == "live":
         live = jax.jit(compute)(trained)
