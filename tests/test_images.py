@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from PIL import ExifTags, Image, ImageFile, features
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, features
 
 from napo_jax.data import images
 from napo_jax.data.images import ImageError, decode, fit, normalise
@@ -318,3 +318,18 @@ def test_threads_decode_at_once_and_leave_pillow_as_it_was():
     for kind, pixels in zip(kinds, decoded, strict=True):
         np.testing.assert_array_equal(pixels, pillow(ENCODED[kind]))
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)) == before
+
+
+def test_want_of_memory_is_no_fault_of_the_picture(monkeypatch):
+    """Counted as damaged, a good row would be lost for good."""
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "PNG")
+
+    def short(*_):
+        raise MemoryError
+
+    for name in ("_open", "load"):
+        with monkeypatch.context() as patch:
+            patch.setattr(PngImagePlugin.PngImageFile, name, short)
+            with pytest.raises(MemoryError):
+                decode(data.getvalue())

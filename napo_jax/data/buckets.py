@@ -20,16 +20,6 @@ class Bucket:
     answer: int  # T, tokens that attention gives to each answer
     answers: int  # A, packed tokens of all answers of a group
 
-    def holds(self, prefix_lengths, answer_lengths, prefixes):
-        """Returns which groups fit, bool[N], from int[N] and int[N, C], with the prefix repeated for each image."""
-        answers = answer_lengths.sum(axis=1)
-        return (
-            (prefixes * prefix_lengths + answers <= self.tokens)
-            & (prefix_lengths <= self.prefix)
-            & (answer_lengths.max(axis=1) <= self.answer)
-            & (answers <= self.answers)
-        )
-
 
 def choose_buckets(prefix_lengths, answer_lengths, prefixes=1, *, count=8, multiple=16, attention_multiple=128):
     """Chooses the buckets with the least padding that hold all groups.

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import os
 from pathlib import Path
 
 from napo_jax.config import DataConfig
@@ -13,7 +12,7 @@ from napo_jax.data.loader import Loader, Pictures
 from napo_jax.data.made_up import MadeUpRecords
 from napo_jax.data.order import Order
 from napo_jax.data.prompts import Prompter
-from napo_jax.data.records import open_records
+from napo_jax.data.records import default_cache, open_records
 from napo_jax.models.clip import ClipConfig
 from napo_jax.objective import Objective
 
@@ -83,7 +82,7 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
     rules = GroupRules.of(
         objective, max_tokens=config.max_tokens, long_answers=config.long_answers, identical=config.identical
     )
-    cache = Path(config.cache).expanduser() if config.cache else _default_cache()
+    cache = Path(config.cache).expanduser() if config.cache else default_cache()
     if config.path is None:
         records = MadeUpRecords(config.made_up, seed=config.seed)
     else:
@@ -110,7 +109,3 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
         attention_multiple=config.attention_multiple,
     )
     return Dataset(config, records, prompter, table, buckets, bucket_of, model.vision, cache)
-
-
-def _default_cache():
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "napo_jax"

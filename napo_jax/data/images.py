@@ -71,6 +71,8 @@ def decode(data: bytes, *, exif: bool = False) -> Image.Image:
         raise ImageError("image_too_thin", f"the image is {width}x{height}, over {MAX_RATIO} times as long as wide")
     try:
         image.load()
+    except MemoryError:  # says nothing of the picture
+        raise
     except Exception as error:  # Pillow promises no classes: OSError, SyntaxError, ValueError, struct.error, ...
         raise ImageError("image_truncated", f"the image ends early or is damaged: {error}") from None
     try:
@@ -97,6 +99,8 @@ def _open(data):
                 return factory(BytesIO(data), "")
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # of a frame or a tile
             raise ImageError("image_too_large", f"the image is too large: {error}") from None
+        except MemoryError:  # says nothing of the picture
+            raise
         except Exception:  # not of this format, whatever it began with
             continue
     raise ImageError("image_unreadable", "the image is in no format that is read here, or its header is damaged")

@@ -67,7 +67,7 @@ class Records:
         """32 hex digits that stand for all records and their order, however they are spread over files."""
         digest = hashlib.blake2b(digest_size=16)
         for store in self._stores:
-            for key in store.keys():  # noqa: SIM118
+            for key in store.record_keys():
                 digest.update(key.encode())
         return digest.hexdigest()
 
@@ -109,7 +109,7 @@ def open_records(
       DataError: there is no file, no row or no column, or a file cannot be read.
     """
     files = find_files([paths] if isinstance(paths, (str, os.PathLike)) else paths)
-    cache = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "napo_jax", "records"))
+    cache = Path(cache or default_cache() / "records")
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,6 +131,11 @@ def open_records(
         why = ", ".join(f"{reason} {count}" for reason, count in records.dropped.items()) or "there are none"
         raise DataError(f"none of {records.rows} rows in {_list(files)} makes a record: {why}")
     return records
+
+
+def default_cache() -> Path:
+    """Returns the folder in which everything that can be made again is kept, unless another one is named."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "napo_jax")
 
 
 def find_files(paths: Sequence[str | os.PathLike]) -> list[epath.Path]:

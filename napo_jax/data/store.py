@@ -63,7 +63,7 @@ class Store(NamedTuple):
             for key, question, answers in zip(*columns, strict=True):
                 yield key, question, dict(answers)
 
-    def keys(self) -> Iterator[str]:
+    def record_keys(self) -> Iterator[str]:
         """Yields the keys of the records in order."""
         for batch in self._text_batches(["key"]):
             yield from batch.column("key").to_pylist()
