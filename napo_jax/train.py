@@ -68,8 +68,7 @@ def train(config: Config, workdir, console=None):
     shape, tokenizer = describe_model(config.model)
     dataset = open_dataset(config.data, config.objective, tokenizer, shape)
     loader = dataset.loader()
-    per_epoch = loader.order.steps_per_epoch
-    steps = config.train.steps or max(1, round(config.train.epochs * per_epoch))
+    steps = config.train.steps or max(1, round(config.train.epochs * loader.order.steps_per_epoch))
 
     model, trained, frozen, whole = _load_model(config, shape, mesh)
     optimizer = make_optimizer(config.optimizer, steps)
@@ -159,10 +158,11 @@ def train(config: Config, workdir, console=None):
                 )
                 state, metrics = step_of(state, frozen, batch)
                 finish(late.push(number, metrics))
-                if number % config.train.checkpoint_every == 0 or number == steps or stop.asked(number):
+                asked = stop.asked(number)  # once a step: with several processes it is where they meet
+                if number % config.train.checkpoint_every == 0 or number == steps or asked:
                     save(number)
                     pace.interrupted()
-                if stop.asked(number) and number < steps:
+                if asked and number < steps:
                     raise StoppedError(
                         f"asked to stop: saved step {number}; the same command goes on from there", _INTERRUPTED
                     )
