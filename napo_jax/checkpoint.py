@@ -143,6 +143,11 @@ class Checkpoints:
         found = self._reader.restore(path, args=items)
         return jax.tree.unflatten(jax.tree.structure(like), [found.state[name] for name in wanted]), found.extra
 
+    def shapes(self, step, part) -> dict:
+        """Returns {path: anything with a shape and a dtype} of the leaves that a save holds under a name."""
+        saved = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "state").tree
+        return {name.removeprefix(f"{part}/"): leaf for name, leaf in saved.items() if name.startswith(f"{part}/")}
+
     @functools.cached_property
     def _manager(self):
         """What saves and removes. Made by the first save: it clears away what a killed run left half-written."""

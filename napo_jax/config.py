@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from napo_jax.models.lora import LoraConfig
 from napo_jax.objective import Objective, napo
 from napo_jax.optim import OptimizerConfig
 from napo_jax.sharding import MeshConfig
@@ -22,8 +23,9 @@ def _check_fields(config, group):
     """Holds the fields that are numbers, switches or choices against their types: a config file may say anything."""
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise ValueError(f"{group}.{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        choices = [option for option in (kind, *get_args(kind)) if get_origin(option) is Literal]
+        if choices and value not in get_args(choices[0]) and not (value is None and type(None) in get_args(kind)):
+            raise ValueError(f"{group}.{name} must be one of {', '.join(get_args(choices[0]))}, got {value!r}")
         if kind in (int, bool) and type(value) is not kind:
             wanted = "a whole number" if kind is int else "true or false"
             raise ValueError(f"{group}.{name} must be {wanted}, got {value!r}")
@@ -37,8 +39,11 @@ def _check_fields(config, group):
 class ModelConfig:
     """Which model, and how it computes."""
 
-    # A Hugging Face folder in any layout. Without one, a tiny random model and a tokenizer of bytes: to try things out.
+    # A Hugging Face folder in any layout, or the workdir of an earlier run: its last checkpoint. Without one, a random
+    # model and a tokenizer of bytes: to try things out.
     path: str | None = None
+    # The size that the folder must have; without a folder, that of the random model, "tiny" by default.
+    size: Literal["tiny", "7b", "13b"] | None = None
     # Type of activations and matrix products; what needs float32 has it anyway.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # "auto", "xla", "cudnn" (NVIDIA GPU) or "splash" (TPU).
@@ -115,8 +120,9 @@ class TrainConfig:
     epochs: float = 4.0
     # Micro-batches that a batch is computed in, for less memory: with more than one, a forward pass is added.
     accumulate: int = 1
-    # The reference's log-probs: "cache" computes them once and keeps them on disk, "live" runs it in every step.
-    reference: Literal["cache", "live"] = "cache"
+    # The reference's log-probs: "cache" computes them once and keeps them on disk, "live" runs a second model in every
+    # step, "adapters_off" runs the same model without its LoRA adapters, and with a trained projector as it was.
+    reference: Literal["cache", "live", "adapters_off"] = "cache"
     # Steps between lines of metrics, and between checkpoints; the last step has both.
     log_every: int = 10
     checkpoint_every: int = 500
@@ -141,11 +147,17 @@ class Config:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     # Which answers under which images are compared, and how: set in the config file.
     objective: tyro.conf.Suppress[Objective] = dataclasses.field(default_factory=napo)
+
+    def __post_init__(self):
+        """Checks what one part needs of another."""
+        if self.train.reference == "adapters_off" and not self.lora.rank:
+            raise ValueError("train.reference is adapters_off and there are no adapters: set lora.rank, or use cache")
 
 
 def load_config(file) -> Config:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from napo_jax.models.lora import is_adapter
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -25,8 +27,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     # The largest norm of a step's gradient; None: any. The published training sets none.
     clip_norm: float | None = None
-    # Which leaves train: a regular expression on paths such as language/layers/mlp/up/kernel.
-    trainable: str = r"(language|projector)/.*"
+    # Which leaves train: a regular expression on paths such as language/layers/mlp/up/kernel. None: the decoder and the
+    # projector, or, with LoRA, the adapters alone.
+    trainable: str | None = None
     # Which of them the weight decay leaves alone.
     no_decay: str = r".*/(scale|bias)"
     # Type of the trained parameters that the optimizer holds. With bfloat16, small steps are lost in rounding.
@@ -43,7 +46,7 @@ class OptimizerConfig:
             )
         for name in ("trainable", "no_decay"):
             try:
-                re.compile(getattr(self, name))
+                re.compile(getattr(self, name) or "")
             except re.error as error:
                 raise ValueError(f"optimizer.{name} is no regular expression: {error}") from None
 
@@ -59,10 +62,20 @@ def unflatten(*parts):
 
 
 def split_trained(leaves, config: OptimizerConfig):
-    """Splits {path: leaf} into those that train and those that do not; raises if none does."""
-    trained = {path: leaf for path, leaf in leaves.items() if re.fullmatch(config.trainable, path)}
+    """Splits {path: leaf} into those that train and those that do not.
+
+    Raises if none trains, if an adapter does not, or if the matrix beside an adapter does too.
+    """
+    adapters = [path for path in leaves if is_adapter(path)]
+    rule = config.trainable or (r".*/lora_[ab]" if adapters else r"(language|projector)/.*")
+    trained = {path: leaf for path, leaf in leaves.items() if re.fullmatch(rule, path)}
     if not trained:
-        raise ValueError(f"optimizer.trainable {config.trainable!r} matches no leaf, such as {next(iter(leaves))}")
+        raise ValueError(f"optimizer.trainable {rule!r} matches no leaf, such as {next(iter(leaves))}")
+    for path in adapters:
+        if path not in trained:
+            raise ValueError(f"optimizer.trainable {rule!r} leaves out the adapter {path}: it would stay at 0")
+        if (matrix := path.rpartition("/")[0] + "/kernel") in trained:
+            raise ValueError(f"optimizer.trainable {rule!r} trains {matrix} beside its adapter: train one of them")
     return trained, {path: leaf for path, leaf in leaves.items() if path not in trained}
 
 

@@ -106,10 +106,10 @@ def main(argv=None):
     config, options = parse(Options, argv, description=__doc__)
     # Heavy imports wait until the command line is known to be right.
     from napo_jax.data.dataset import open_dataset
-    from napo_jax.model_source import describe_model
+    from napo_jax.model_source import find_model
 
-    shape, tokenizer = describe_model(config.model)
-    dataset = open_dataset(config.data, config.objective, tokenizer, shape)
+    source = find_model(config.model)
+    dataset = open_dataset(config.data, config.objective, source.tokenizer, source.shape)
     summary = summarise(dataset)
     print(json.dumps(summary) if options.json else as_text(summary))
     if options.html:

@@ -9,7 +9,7 @@ from napo_jax.models.packing import Packing
 from napo_jax.objective import Logps
 
 
-def score(model, params, batch, objective, *, masks=None):
+def score(model, params, batch, objective, *, masks=None, dropout=None):
     """Computes the log-probs of all cells of an objective.
 
     Args:
@@ -18,6 +18,7 @@ def score(model, params, batch, objective, *, masks=None):
       batch: `Batch` of B groups.
       objective: `Objective` of C cells under M image variants.
       masks: bool[B, h, h], for the variant `region`.
+      dropout: a key for the dropout of adapters; None drops nothing.
 
     Returns:
       {cell: Logps of float32[B]}; of use where `valid_cells` is true.
@@ -34,7 +35,7 @@ def score(model, params, batch, objective, *, masks=None):
         images, repeat(batch.prefix_ids), repeat(batch.prefix_lengths), batch.answer_ids, batch.answer_lengths
     )
     packing = Packing(batch.bucket.tokens, batch.bucket.answers)
-    logps = model.logps(params, groups, objective.cell_image, packing=packing)
+    logps = model.logps(params, groups, objective.cell_image, packing=packing, dropout=dropout)
     return {cell: Logps(logps.sum[:, c], logps.mean[:, c]) for c, cell in enumerate(objective.cells)}
 
 

@@ -23,6 +23,8 @@ RULES = (
     (r"language/head", ("fsdp", "tensor")),
     (r"language/layers/(attention/(query|key|value)|mlp/(gate|up))/kernel", (None, "fsdp", "tensor")),
     (r"language/layers/(attention/out|mlp/down)/kernel", (None, "tensor", "fsdp")),
+    (r"language/layers/(attention|mlp)/\w+/lora_a", (None, "fsdp", None)),
+    (r"language/layers/(attention|mlp)/\w+/lora_b", (None, None, "fsdp")),
     (r"projector/up/kernel", ("fsdp", "tensor")),
     (r"projector/down/kernel", ("tensor", "fsdp")),
     (r"vision/layers/(query|key|value|up)/kernel", (None, "fsdp", "tensor")),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from napo_jax.models.lora import is_adapter
 from napo_jax.optim import unflatten
 from napo_jax.score import score, valid_cells
 from napo_jax.sharding import ROWS
@@ -29,7 +30,8 @@ class Frozen:
     """What a step reads and never changes. No gradient and no weight decay gets here."""
 
     params: dict[str, jax.Array]  # {path: leaf} of what does not train
-    reference: dict[str, jax.Array] | None = None  # {path: leaf} of the reference's trained leaves, if it runs along
+    # {path: leaf} of the reference in place of the trained ones, if it runs along; without adapters to run it without.
+    reference: dict[str, jax.Array] | None = None
 
 
 def init_state(params, optimizer) -> TrainState:
@@ -37,10 +39,12 @@ def init_state(params, optimizer) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def make_train_step(model, objective, optimizer, *, accumulate=1, mesh=None):
+def make_train_step(model, objective, optimizer, *, accumulate=1, mesh=None, seed=0):
     """Makes the step.
 
-    The reference's log-probs are those that the batch carries or, where `Frozen.reference` is given, computed along.
+    The reference's log-probs are those that the batch carries or, where `Frozen.reference` is given, computed along:
+    without adapters where it has none.
+
     What the batch as a whole decides, q and the dynamic weights, needs the log-probs of all of its rows at once. So
     with several micro-batches all are scored first, the objective is differentiated by their log-probs, and those
     derivatives are pulled back through one micro-batch after the other: a forward pass more, and no approximation.
@@ -51,15 +55,18 @@ def make_train_step(model, objective, optimizer, *, accumulate=1, mesh=None):
       optimizer: an optax transformation of {path: leaf}.
       accumulate: A, micro-batches that a batch is computed in.
       mesh: made by `sharding.make_mesh`; the statistics then span its rows. None: one device.
+      seed: of the dropout of adapters, with the step's number.
 
     Returns:
       train_step(state, frozen, batch) -> (TrainState, {name: float32[]}), to be jitted with `state` donated.
     """
 
-    def score_with(params, frozen, batch):
+    def score_with(params, frozen, batch, dropout=None):
         # Master parameters are cast where they lie, so that what is gathered from other devices is half as large.
         params = {path: leaf.astype(model.config.dtype) for path, leaf in params.items()}
-        return score(model, unflatten(params, frozen.params), batch, objective)
+        with_adapters = any(map(is_adapter, params))
+        scored = model if with_adapters else model.without_adapters
+        return score(scored, unflatten(params, frozen.params), batch, objective, dropout=dropout)
 
     def reference_of(frozen, batch):
         if frozen.reference is not None:
@@ -71,30 +78,35 @@ def make_train_step(model, objective, optimizer, *, accumulate=1, mesh=None):
     def objective_of(logps, reference, where):
         return _over_mesh(objective, mesh)(logps, reference, where)
 
-    def whole(params, frozen, batch):
+    def whole(params, frozen, batch, dropout):
         """Differentiates the loss of a batch that is computed at once."""
         reference, where = reference_of(frozen, batch), valid_cells(batch, objective)
-        loss = lambda params: objective_of(score_with(params, frozen, batch), reference, where)
+        loss = lambda params: objective_of(score_with(params, frozen, batch, dropout), reference, where)
         return jax.grad(loss, has_aux=True)(params)
 
-    def in_parts(params, frozen, batch):
+    def in_parts(params, frozen, batch, dropout):
         """Differentiates the same loss in A micro-batches."""
         parts = split_rows(batch, accumulate, 1 if mesh is None else _row_shards(mesh))
-        scored = jax.lax.map(lambda part: (score_with(params, frozen, part), reference_of(frozen, part)), parts)
+        # A micro-batch drops the same inputs in both of its forward passes.
+        keys = None if dropout is None else jax.random.split(dropout, accumulate)
+        scored = jax.lax.map(
+            lambda part: (score_with(params, frozen, *part), reference_of(frozen, part[0])), (parts, keys)
+        )
         logps, reference = jax.lax.stop_gradient(scored)
         where = jax.vmap(lambda part: valid_cells(part, objective))(parts)
         pulls, metrics = jax.grad(objective_of, has_aux=True)(logps, reference, where)
 
-        def add(total, part_and_pull):
-            part, pull = part_and_pull
-            (gradient,) = jax.vjp(lambda params: score_with(params, frozen, part), params)[1](pull)
+        def add(total, part_key_and_pull):
+            part, key, pull = part_key_and_pull
+            (gradient,) = jax.vjp(lambda params: score_with(params, frozen, part, key), params)[1](pull)
             return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, gradient), None
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-        return jax.lax.scan(add, zeros, (parts, pulls))[0], metrics
+        return jax.lax.scan(add, zeros, (parts, keys, pulls))[0], metrics
 
     def train_step(state, frozen, batch):
-        gradients, metrics = (whole if accumulate == 1 else in_parts)(state.params, frozen, batch)
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if model.config.lora.dropout else None
+        gradients, metrics = (whole if accumulate == 1 else in_parts)(state.params, frozen, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norms = {"gradient_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}

@@ -11,7 +11,6 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from napo_jax.checkpoint import Checkpoints
@@ -19,13 +18,13 @@ from napo_jax.config import Config, exit_with_one_line, parse
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.loader import on_devices
 from napo_jax.metrics import Console, Late, MetricsWriter, Pace, progress_line
-from napo_jax.model_source import describe_model
-from napo_jax.models import Llava
-from napo_jax.optim import flatten, make_optimizer, split_trained, unflatten
+from napo_jax.model_source import find_model
+from napo_jax.models.lora import is_adapter
+from napo_jax.optim import make_optimizer, unflatten
 from napo_jax.reference import open_reference
-from napo_jax.sharding import ROWS, make_mesh, over_rows, replicated, shard_params
-from napo_jax.step import Frozen, init_state, make_train_step
-from napo_jax.weights import load_pretrained
+from napo_jax.sharding import ROWS, make_mesh, over_rows
+from napo_jax.start import first_state, load_parts, make_model
+from napo_jax.step import Frozen, make_train_step
 
 _INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
 
@@ -65,31 +64,35 @@ def train(config: Config, workdir, console=None):
             f"data.batch_size {config.data.batch_size} does not divide into {config.train.accumulate} micro-batches on "
             f"{rows} devices (mesh.data x mesh.fsdp)"
         )
-    shape, tokenizer = describe_model(config.model)
-    dataset = open_dataset(config.data, config.objective, tokenizer, shape)
+    source = find_model(config.model, config.train.seed)
+    dataset = open_dataset(config.data, config.objective, source.tokenizer, source.shape)
     loader = dataset.loader()
     steps = config.train.steps or max(1, round(config.train.epochs * loader.order.steps_per_epoch))
 
-    model, trained, frozen, whole = _load_model(config, shape, mesh)
+    model = make_model(config, source.shape)
+    trained, frozen, whole = load_parts(config, source, model, mesh)
     optimizer = make_optimizer(config.optimizer, steps)
-    for line in _report(config, dataset, steps, trained, frozen, whole):
+    for line in _report(config, source, dataset, steps, trained, frozen, whole):
         console.note(line)
 
     # The reference is the model as it was loaded: before anything of this run's own is restored.
-    compute = lambda leaves: {path: leaf.astype(model.config.dtype) for path, leaf in leaves.items()}
+    dtype = model.config.dtype
+    compute = jax.jit(lambda leaves: {path: leaf.astype(dtype) for path, leaf in leaves.items()})
+    # Adapters begin at 0, so that without them it is the same model.
+    base = {path: leaf for path, leaf in trained.items() if not is_adapter(path)}
     attach, live = lambda batch: batch, None
-    if config.objective.reference_cells and config.train.reference == "live":
-        live = jax.jit(compute)(trained)
-    elif config.objective.reference_cells:
-        cache = dataset.cache / "reference"
-        tree = unflatten(jax.jit(compute)(trained), frozen)
+    if config.objective.reference_cells and config.train.reference == "cache":
+        cache, tree = dataset.cache / "reference", unflatten(compute(base), frozen)
         reference = open_reference(
-            cache, dataset, config.objective, model, tree, mesh=mesh, progress=_Sometimes(console)
+            cache, dataset, config.objective, model.without_adapters, tree, mesh=mesh, progress=_Sometimes(console)
         )
         attach = reference.attach
         del tree
+    elif config.objective.reference_cells:
+        live = compute(trained if config.train.reference == "live" else base)
+    del base
 
-    begin, shapes = _first_state(trained, optimizer, mesh)
+    begin, shapes = first_state(trained, optimizer, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.train.keep)
     start = 0
     if (latest := checkpoints.latest()) is None:
@@ -110,7 +113,9 @@ def train(config: Config, workdir, console=None):
         (workdir / "config.json").write_text(json.dumps(_as_json(config), indent=1))
 
     step_of = jax.jit(
-        make_train_step(model, config.objective, optimizer, accumulate=config.train.accumulate, mesh=mesh),
+        make_train_step(
+            model, config.objective, optimizer, accumulate=config.train.accumulate, mesh=mesh, seed=config.train.seed
+        ),
         donate_argnums=0,
     )
     frozen = Frozen(frozen, live)
@@ -212,55 +217,10 @@ class _Sometimes:
             self._console.progress(str(progress))
 
 
-def _load_model(config, shape, mesh):
-    """Returns the model, its trained leaves, its frozen ones, and the paths of small leaves that could not be cut."""
-    found = {}
-
-    def place(shapes):
-        shardings, found["whole"] = shard_params(flatten(shapes), mesh)
-        return unflatten(shardings)
-
-    compute = {
-        "dtype": jnp.dtype(config.model.dtype),
-        "attention": config.model.attention,
-        "remat": config.model.remat,
-        # As the optimizer holds them: rounded to what computes only where they are frozen.
-        "param_dtype": jnp.dtype(config.optimizer.param_dtype),
-    }
-    if config.model.path is None:
-        model = Llava(dataclasses.replace(shape, **compute))
-        key = jax.random.key(config.train.seed)
-        params = jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))(key)
-    else:
-        model, params = load_pretrained(config.model.path, shardings=place, **compute)
-    trained, frozen = split_trained(flatten(params), config.optimizer)
-    frozen = jax.jit(lambda leaves: {path: leaf.astype(compute["dtype"]) for path, leaf in leaves.items()})(frozen)
-    return model, trained, frozen, found["whole"]
-
-
-def _first_state(trained, optimizer, mesh):
-    """Returns what makes the first state of the trained leaves, which it may consume, and the state's shapes.
-
-    What the optimizer keeps of a leaf lies where the leaf does, and all else on every device.
-    """
-    begin = lambda leaves: init_state(leaves, optimizer)
-    where = {path: leaf.sharding for path, leaf in trained.items()}
-
-    def place(path, leaf):
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        sharding = where[names[-1]] if names else replicated(mesh)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    shapes = jax.tree_util.tree_map_with_path(place, jax.eval_shape(begin, trained))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(begin, out_shardings=shardings, donate_argnums=0), shapes
-
-
-def _report(config, dataset, steps, trained, frozen, whole):
+def _report(config, source, dataset, steps, trained, frozen, whole):
     """Yields what a person wants to read before it starts."""
     size = lambda leaves: sum(leaf.size for leaf in leaves.values())
-    name = config.model.path or "tiny and random"
-    yield f"model    {name}: {size(trained):,} parameters train, {size(frozen):,} do not"
+    yield f"model    {source}: {size(trained):,} parameters train, {size(frozen):,} do not"
     if whole:
         yield f"         held whole by every device: {', '.join(whole)}"
     yield f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, mesh {config.mesh}"

@@ -15,7 +15,7 @@ from napo_jax.data.dataset import open_dataset
 from napo_jax.data.images import MEAN, STD, normalise
 from napo_jax.data.prompts import Prompter
 from napo_jax.losses import dpo_loss
-from napo_jax.model_source import describe_model
+from napo_jax.model_source import find_model
 from napo_jax.objective import Objective, Term
 from napo_jax.preview import summarise
 from napo_jax.preview_page import _table, write_page
@@ -27,9 +27,9 @@ HOSTILE = "</span></div><script>alert(1)</script><img src=x onerror=alert(2)>\"'
 
 @pytest.fixture
 def dataset(tmp_path):
-    shape, tokenizer = describe_model(ModelConfig())
+    source = find_model(ModelConfig())
     config = DataConfig(made_up=5, batch_size=4, attention_multiple=8, cache=str(tmp_path))
-    return open_dataset(config, OBJECTIVE, tokenizer, shape)
+    return open_dataset(config, OBJECTIVE, source.tokenizer, source.shape)
 
 
 def page_of(dataset, tmp_path, groups):

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from napo_jax.models.attention import attend
 from napo_jax.models.layout import Layout, rope_tables, rotate
+from napo_jax.models.lora import Linear, LoraConfig
 from napo_jax.models.packing import TokenOrder
 from napo_jax.sharding import gather_whole, keep_rows
 
@@ -65,6 +66,7 @@ class Attention(nn.Module):
     """Rotary self-attention of all streams."""
 
     config: LlamaConfig
+    lora: LoraConfig = LoraConfig()
     backend: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -76,7 +78,7 @@ class Attention(nn.Module):
 
         def project(heads, name):
             width = heads * config.head_width
-            y = nn.Dense(width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)
+            y = Linear(width, self.lora, self.dtype, self.param_dtype, name=name)(x)
             return y.reshape(*x.shape[:2], heads, config.head_width)
 
         q, k = rotate(project(config.heads, "query"), tables), rotate(project(config.kv_heads, "key"), tables)
@@ -86,23 +88,21 @@ class Attention(nn.Module):
         out = attend(q, k, v, layout, prefix_lengths, answer_lengths, self.backend)
         if order is not None:
             out = order.pack(out)
-        dense = nn.Dense(config.width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="out")
-        return dense(out.reshape(x.shape))
+        return Linear(config.width, self.lora, self.dtype, self.param_dtype, name="out")(out.reshape(x.shape))
 
 
 class Mlp(nn.Module):
     """The gated SiLU layer."""
 
     config: LlamaConfig
+    lora: LoraConfig = LoraConfig()
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         """Maps float[B, S, D] to the same."""
-        dense = lambda width, name: nn.Dense(
-            width, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name=name
-        )
+        dense = lambda width, name: Linear(width, self.lora, self.dtype, self.param_dtype, name=name)
         gate, up = dense(self.config.mlp_width, "gate")(x), dense(self.config.mlp_width, "up")(x)
         return dense(self.config.width, "down")(nn.silu(gate) * up)
 
@@ -111,6 +111,7 @@ class DecoderLayer(nn.Module):
     """Attention and MLP, each after a norm and around a residual."""
 
     config: LlamaConfig
+    lora: LoraConfig = LoraConfig()
     backend: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -120,16 +121,17 @@ class DecoderLayer(nn.Module):
         """Maps float[B, S, D], or float[B, U, D] with an order, to (the same, None), as scan wants it."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h = RmsNorm(self.config.norm_eps, **types, name="attention_norm")(x)
-        attention = Attention(self.config, self.backend, **types, name="attention")
+        attention = Attention(self.config, self.lora, self.backend, **types, name="attention")
         x = x + attention(h, tables, layout, prefix_lengths, answer_lengths, order)
         h = RmsNorm(self.config.norm_eps, **types, name="mlp_norm")(x)
-        return keep_rows(x + Mlp(self.config, **types, name="mlp")(h)), None
+        return keep_rows(x + Mlp(self.config, self.lora, **types, name="mlp")(h)), None
 
 
 class Llama(nn.Module):
     """The decoder from embeddings to normed hidden states, with the embedding and the head beside it."""
 
     config: LlamaConfig
+    lora: LoraConfig = LoraConfig()
     backend: str = "auto"
     remat: str = "full"
     dtype: Any = jnp.float32
@@ -148,10 +150,10 @@ class Llama(nn.Module):
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast,) * 5,
             length=config.layers,
-        )(config, self.backend, **types)
+        )(config, self.lora, self.backend, **types)
         self.norm = RmsNorm(config.norm_eps, **types)
 
     def embed(self, ids):

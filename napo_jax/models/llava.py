@@ -13,6 +13,7 @@ from napo_jax.models.attention import BACKENDS
 from napo_jax.models.clip import ClipConfig, ClipTower
 from napo_jax.models.layout import Layout
 from napo_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
+from napo_jax.models.lora import LoraConfig
 from napo_jax.sharding import keep_rows
 
 # Stands in token ids for one image token each; a picture takes `ClipConfig.image_tokens` of them.
@@ -37,6 +38,8 @@ class LlavaConfig:
     logits_chunk: int = 64
     # Whether the vision tower is left out of the gradient, as LLaVA-1.5 and NaPO have it.
     freeze_vision: bool = True
+    # Low-rank adapters in the decoder.
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self):
         """Checks the names and the chunk."""
@@ -97,7 +100,7 @@ class _Network(nn.Module):
         config, types = self.config, {"dtype": self.config.dtype, "param_dtype": self.config.param_dtype}
         self.vision = ClipTower(config.vision, **types)
         self.projector = _Projector(config.text.width, **types)
-        self.language = Llama(config.text, config.attention, config.remat, **types)
+        self.language = Llama(config.text, config.lora, config.attention, config.remat, **types)
 
     def __call__(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, cell_image):
         """Returns hidden states float[B, M, P, D] and float[B, C, T, D]."""
@@ -144,6 +147,11 @@ class Llava:
 
     config: LlavaConfig = dataclasses.field(default_factory=LlavaConfig)
 
+    @property
+    def without_adapters(self) -> "Llava":
+        """The same model without its LoRA adapters; it takes a tree with them and leaves them alone."""
+        return Llava(dataclasses.replace(self.config, lora=LoraConfig()))
+
     def init(self, key):
         """Draws random parameters; under `jax.eval_shape`, tells their shapes without any memory."""
         vision = self.config.vision
@@ -171,7 +179,7 @@ class Llava:
         head = params["language"]["head"].astype(prefix.dtype)
         return jnp.einsum("bsd,dv->bsv", prefix[:, 0], head, preferred_element_type=jnp.float32)
 
-    def logps(self, params, groups, cell_image, packing=None):
+    def logps(self, params, groups, cell_image, packing=None, dropout=None):
         """Scores all answers of each group, computing each image and question once.
 
         Args:
@@ -180,16 +188,17 @@ class Llava:
           cell_image: for each of the C cells, the index of the prefix that it continues; `Objective.cell_image`.
           packing: a `Packing`, to compute no more tokens of a group than it has places; or None, to compute padding
             like any token. The results are the same; those of a group with more tokens than places are NaN.
+          dropout: a key for the dropout of adapters, in training; None drops nothing.
 
         Returns:
           Logps(sum, mean), float32[B, C] each, over the answers' tokens and with their weights if there are any.
         """
-        values = self.token_logps(params, groups, cell_image, packing)
+        values = self.token_logps(params, groups, cell_image, packing, dropout)
         return log_probs.over_answers(values, groups.answer_lengths, groups.token_weights)
 
-    def token_logps(self, params, groups, cell_image, packing=None):
+    def token_logps(self, params, groups, cell_image, packing=None, dropout=None):
         """Computes the log-prob of every answer token, float32[B, C, T]; see `logps`."""
-        hidden, head = self.predictors(params, groups, cell_image, packing), params["language"]["head"]
+        hidden, head = self.predictors(params, groups, cell_image, packing, dropout), params["language"]["head"]
         order = self._order(groups, cell_image, packing)
         targets = groups.answer_ids if order is None else order.pack_answers(groups.answer_ids)[:, None]
         with jax.named_scope("logps"):
@@ -205,7 +214,7 @@ class Llava:
         order = self._order(groups, cell_image, packing)
         return values if order is None else order.unpack_answers(values[:, 0])
 
-    def predictors(self, params, groups, cell_image, packing=None):
+    def predictors(self, params, groups, cell_image, packing=None, dropout=None):
         """Computes the hidden states that predict the answer tokens, float[B, C, T, D].
 
         The first token of an answer is predicted by the last token of its prefix, the others by the token before. With
@@ -214,8 +223,9 @@ class Llava:
         check_groups(groups, cell_image, self.config)
         if packing is not None:
             order = self._order(groups, cell_image, packing)
-            return keep_rows(order.predictors(self._apply(params, *groups[:5], order, method="packed")))[:, None]
-        prefix, answer = self._apply(params, *groups[:5], cell_image)
+            hidden = self._apply(params, *groups[:5], order, method="packed", dropout=dropout)
+            return keep_rows(order.predictors(hidden))[:, None]
+        prefix, answer = self._apply(params, *groups[:5], cell_image, dropout=dropout)
         last = jnp.take_along_axis(prefix, groups.prefix_lengths[:, :, None, None] - 1, axis=2)
         last = last[:, np.array(cell_image, np.int32)]
         return keep_rows(jnp.concatenate([last, answer[:, :, :-1]], axis=2))
@@ -240,8 +250,9 @@ class Llava:
     def _no_answers(batch):
         return jnp.zeros((batch, 0, 0), jnp.int32), jnp.zeros((batch, 0), jnp.int32)
 
-    def _apply(self, params, *args, method=None):
-        return self._network.apply({"params": params}, *args, method=method)
+    def _apply(self, params, *args, method=None, dropout=None):
+        rngs = {} if dropout is None else {"dropout": dropout}
+        return self._network.apply({"params": params}, *args, method=method, rngs=rngs)
 
 
 def check_groups(groups, cell_image, config):

@@ -1,0 +1,97 @@
+"""What a training starts with: the model, its trained and frozen leaves, the first state, and where each array lies.
+
+Everything can be had as shapes alone, for devices that are not there.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from napo_jax.config import Config
+from napo_jax.model_source import load_leaves
+from napo_jax.models import Llava
+from napo_jax.optim import flatten, split_trained
+from napo_jax.sharding import replicated, shard_params
+from napo_jax.step import init_state
+
+
+class Parts(NamedTuple):
+    """The leaves of a run, arrays or shapes."""
+
+    trained: dict  # {path: leaf} as the optimizer holds them
+    frozen: dict  # {path: leaf} of the type that computes
+    whole: list[str]  # paths of small leaves that could not be cut and lie on every device
+
+
+def make_model(config: Config, shape) -> Llava:
+    """Returns the model of a shape, as a config wants it computed."""
+    return Llava(
+        dataclasses.replace(
+            shape,
+            dtype=jnp.dtype(config.model.dtype),
+            attention=config.model.attention,
+            remat=config.model.remat,
+            # As the optimizer holds them: rounded to what computes only where they are frozen.
+            param_dtype=jnp.dtype(config.optimizer.param_dtype),
+            lora=config.lora,
+        )
+    )
+
+
+def load_parts(config: Config, source, model: Llava, mesh) -> Parts:
+    """Loads the weights of a run's model and draws its adapters, if it has any.
+
+    Args:
+      config: the `Config`.
+      source: the `model_source.Source` of the weights.
+      model: made by `make_model`.
+      mesh: made by `sharding.make_mesh`.
+    """
+    shapes = abstract_parts(config, model, mesh)
+    leaves = load_leaves(source, model, mesh)
+    if model.config.lora.rank:
+        place = {path: leaf.sharding for path, leaf in shapes.trained.items() if path not in leaves}
+        draw = lambda key: {path: leaf for path, leaf in flatten(model.init(key)).items() if path in place}
+        leaves |= jax.jit(draw, out_shardings=place)(jax.random.key(config.train.seed))
+    trained, frozen = split_trained(leaves, config.optimizer)
+    dtype = model.config.dtype
+    frozen = jax.jit(lambda leaves: {path: leaf.astype(dtype) for path, leaf in leaves.items()})(frozen)
+    return Parts(trained, frozen, shapes.whole)
+
+
+def abstract_parts(config: Config, model: Llava, mesh) -> Parts:
+    """Returns the shapes of what `load_parts` returns, with their places."""
+    leaves = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    shardings, whole = shard_params(leaves, mesh)
+    placed = lambda path, dtype: jax.ShapeDtypeStruct(leaves[path].shape, dtype, sharding=shardings[path])
+    trained, frozen = split_trained(leaves, config.optimizer)
+    return Parts(
+        {path: placed(path, model.config.param_dtype) for path in trained},
+        {path: placed(path, model.config.dtype) for path in frozen},
+        whole,
+    )
+
+
+def first_state(trained, optimizer, mesh):
+    """Returns what makes the first state of the trained leaves, which it may consume, and the state's shapes.
+
+    What the optimizer keeps of a leaf lies where the leaf does, and all else on every device.
+
+    Args:
+      trained: {path: leaf}, arrays or shapes with shardings.
+      optimizer: an optax transformation.
+      mesh: made by `sharding.make_mesh`.
+    """
+    begin = lambda leaves: init_state(leaves, optimizer)
+    where = {path: leaf.sharding for path, leaf in trained.items()}
+
+    def place(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        sharding = where[names[-1]] if names else replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shapes = jax.tree_util.tree_map_with_path(place, jax.eval_shape(begin, trained))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(begin, out_shardings=shardings, donate_argnums=0), shapes

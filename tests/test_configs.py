@@ -1,0 +1,39 @@
+"""Every file in configs/: it loads, and what it trains has a place on a mesh."""
+
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from napo_jax.config import load_config
+from napo_jax.model_source import random_shape
+from napo_jax.optim import make_optimizer
+from napo_jax.sharding import MeshConfig, make_mesh
+from napo_jax.start import abstract_parts, first_state, make_model
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+# Of the published shapes, by hand: decoder and projector, or two factors of rank 64 beside seven matrices of 32 layers.
+TRAINED = {
+    "debug": 134_976,
+    "llava7b": 6_738_415_616 + 20_979_712,
+    "llava13b": 13_015_864_320 + 31_467_520,
+    "llava7b_lora": 32 * 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008)),
+}
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_loads_and_its_state_has_a_place(file):
+    config = load_config(file)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    model = make_model(config, random_shape(config.model.size or "tiny"))
+    trained, frozen, whole = abstract_parts(config, model, mesh)
+    assert not (trained.keys() & frozen.keys())
+    count = sum(leaf.size for leaf in trained.values())
+    assert count == TRAINED.get(file.stem, TRAINED["llava7b"])
+    _, state = first_state(trained, make_optimizer(config.optimizer, 10), mesh)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
+    # Moments lie where their parameters do, and every large array is cut.
+    for leaf in [*jax.tree.leaves(state), *frozen.values()]:
+        assert leaf.size <= 2**20 or leaf.size >= 2 * math.prod(leaf.sharding.shard_shape(leaf.shape)), leaf
+    assert not whole or config.model.size is None
