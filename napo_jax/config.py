@@ -83,6 +83,8 @@ class DataConfig:
     long_answers: Literal["cut", "drop"] = "cut"
     # What becomes of a row that compares an answer with itself: "keep" or "drop".
     identical: Literal["keep", "drop"] = "keep"
+    # Groups that are set apart to evaluate on, by their pictures: no picture is on both sides.
+    held_out: int = 0
     # The most shapes that are compiled.
     buckets: int = 8
     # Attention's tokens are a multiple of this; TPU kernels need 128.
@@ -101,8 +103,9 @@ class DataConfig:
         for name in ("batch_size", "buckets", "attention_multiple", "threads", "made_up", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-        if self.workers < 0 or self.seed < 0:
-            raise ValueError(f"data.workers and data.seed must not be negative, got {self.workers} and {self.seed}")
+        for name in ("workers", "seed", "held_out"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must not be negative, got {getattr(self, name)}")
         if self.seed >= 2**32:
             raise ValueError(f"data.seed must be below 2**32, got {self.seed}")
         if self.attention_multiple > 2**15:
@@ -123,22 +126,37 @@ class TrainConfig:
     # The reference's log-probs: "cache" computes them once and keeps them on disk, "live" runs a second model in every
     # step, "adapters_off" runs the same model without its LoRA adapters, and with a trained projector as it was.
     reference: Literal["cache", "live", "adapters_off"] = "cache"
-    # Steps between lines of metrics, and between checkpoints; the last step has both.
+    # Steps between lines of metrics, between evaluations of the groups held out, and between checkpoints; the last step
+    # has them all, and there is an evaluation before the first.
     log_every: int = 10
+    evaluate_every: int = 500
     checkpoint_every: int = 500
-    # The latest checkpoints that are kept.
+    # The latest checkpoints that are kept, and besides the best by a metric of evaluations: loss, or another that is
+    # larger where it is better, such as preference/margin.
     keep: int = 3
+    keep_best: int = 0
+    best_metric: str = "loss"
+    # Write metrics for TensorBoard too, into the workdir; the name of a project, to log them to W&B.
+    tensorboard: bool = False
+    wandb: str | None = None
     # Of a random model's parameters.
     seed: int = 0
 
     def __post_init__(self):
         """Checks the fields' types and choices, and the numbers."""
         _check_fields(self, "train")
-        for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep"):
+        for name in ("steps", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {value}")
         if self.epochs <= 0:
             raise ValueError(f"train.epochs must be positive, got {self.epochs}")
+        if self.keep_best < 0:
+            raise ValueError(f"train.keep_best must not be negative, got {self.keep_best}")
+        if self.keep_best and self.checkpoint_every % self.evaluate_every:
+            raise ValueError(
+                f"train.keep_best needs an evaluation at each checkpoint: train.checkpoint_every "
+                f"{self.checkpoint_every} must be a multiple of train.evaluate_every {self.evaluate_every}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +174,8 @@ class Config:
 
     def __post_init__(self):
         """Checks what one part needs of another."""
+        if self.train.keep_best and not self.data.held_out:
+            raise ValueError("train.keep_best needs groups to evaluate on: set data.held_out")
         if self.train.reference == "adapters_off" and not self.lora.rank:
             raise ValueError("train.reference is adapters_off and there are no adapters: set lora.rank, or use cache")
 

@@ -61,7 +61,7 @@ class MetricsWriter:
     the line says in `not_finite` what it was: `{"step": 3, "loss": null, "not_finite": {"loss": "inf"}}`.
     """
 
-    def __init__(self, folder, step=0, *, also=(), clock=time.monotonic):
+    def __init__(self, folder, step=0, *, name="metrics.jsonl", also=(), clock=time.monotonic):
         """Opens the file of a run that goes on from a step, so that each step will be in it once.
 
         Lines of later steps are dropped, and so is a last line that was cut short.
@@ -69,6 +69,7 @@ class MetricsWriter:
         Args:
           folder: local or gs://. On gs:// the file appears once a minute and at `flush`.
           step: int, steps done; 0 for a run that begins.
+          name: of the file.
           also: functions of (step, {name: float}) to call with all that is written, such as `to_tensorboard(folder)`.
           clock: returns seconds.
         """
@@ -76,7 +77,7 @@ class MetricsWriter:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        self._path, self._also, self._clock = epath.Path(folder) / "metrics.jsonl", tuple(also), clock
+        self._path, self._also, self._clock = epath.Path(folder) / name, tuple(also), clock
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines, self.dropped = _lines_until(self._path, step)
         # Written aside first: a run that is killed here has the old file.

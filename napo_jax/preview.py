@@ -51,7 +51,8 @@ def summarise(dataset):
         "padding": round(dataset.padding, 4),
         "batch_size": order.batch_size,
         "steps_per_epoch": order.steps_per_epoch,
-        "left_over_per_epoch": len(table) - order.steps_per_epoch * order.batch_size,
+        "held_out": int(dataset.held_out.sum()),
+        "left_over_per_epoch": len(table) - int(dataset.held_out.sum()) - order.steps_per_epoch * order.batch_size,
         "fingerprint": dataset.loader(order, rows=(0, order.batch_size)).fingerprint,
     }
 
@@ -96,7 +97,8 @@ def as_text(summary):
         "",
         f"padding {summary['padding']:.1%} of the computed tokens",
         f"{summary['steps_per_epoch']} steps of {summary['batch_size']} groups in an epoch, "
-        f"{summary['left_over_per_epoch']} groups left over, other ones in each",
+        f"{summary['left_over_per_epoch']} groups left over, other ones in each"
+        + (f"; {summary['held_out']} held out" if summary["held_out"] else ""),
     ]
     return "\n".join(lines)
 

@@ -1,22 +1,20 @@
 """The reference's log-probs: computed once over the mesh, kept on disk, and attached to batches by their records."""
 
-import collections
 import dataclasses
+import functools
 import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from napo_jax.data.groups import record_seed
-from napo_jax.data.loader import on_devices
 from napo_jax.data.order import NO_GROUP
 from napo_jax.objective import Logps
 from napo_jax.reference_cache import Pieces, cache_settings, check_cacheable, weights_digest
-from napo_jax.score import score
-from napo_jax.sharding import ROWS, over_rows, replicated
+from napo_jax.scorer import Chosen, make_scorer
+from napo_jax.sharding import ROWS
 
 PIECE_ROWS = 512  # rows of a file, and the most that a kill loses
 CHECKED_ROWS = 4  # of those on disk, computed again when they are opened
@@ -73,9 +71,13 @@ class CachedReference:
                 f"record {batch.ids[strange][0]} of a batch is not the one whose reference is in {self.folder}: the "
                 "batch is of another dataset, or of another data.seed"
             )
-        values = np.where(there[:, None, None], self._values[self._row_of[groups]], np.float32(0))
-        reference = {cell: Logps(values[:, c, 0], values[:, c, 1]) for c, cell in enumerate(self._cells)}
-        return dataclasses.replace(batch, reference=reference)
+        return dataclasses.replace(batch, reference=self.logps(batch.ids))
+
+    def logps(self, ids):
+        """Returns {cell: Logps of float32[B]} of records by number, int32[B]; zeros for NO_GROUP."""
+        values = self._values[self._row_of[self._groups(ids)]]
+        values = np.where((ids != NO_GROUP)[:, None, None], values, np.float32(0))
+        return {cell: Logps(values[:, c, 0], values[:, c, 1]) for c, cell in enumerate(self._cells)}
 
     def _groups(self, ids):
         """Returns the group of each record number, int[B]; of a number that has none, some group."""
@@ -103,7 +105,7 @@ class CachedReference:
         batches = [(len(dataset.buckets) - 1, groups) for groups in filled.reshape(-1, batch_size)]
         columns = [dataset.table.rules.cells.index(cell) for cell in self._cells]
         worst = 0.0
-        for ids, online in scored(_Chosen(batch_size, batches), workers=0):
+        for ids, online in scored(Chosen(batch_size, batches), workers=0):
             ids, online = ids[ids != NO_GROUP], online[ids != NO_GROUP]
             groups = self._groups(ids)
             tokens = dataset.table.answer_lengths[groups][:, columns]
@@ -121,7 +123,7 @@ class CachedReference:
 
     def _complete(self, dataset, scored, batch_size, pieces, progress):
         """Computes the batches that miss a row, in the order of an uninterrupted call, and writes those rows."""
-        order = dataset.order(batch_size=batch_size, shuffle=False, keep_rest=True)
+        order = dataset.order(held_out=None, batch_size=batch_size, shuffle=False, keep_rest=True)
         known, row_of = self._known, self._row_of
         missing = [
             (bucket, groups)
@@ -133,7 +135,7 @@ class CachedReference:
         tokens = np.cumsum([dataset.buckets[bucket].tokens for bucket, _ in missing])
         start, before = time.monotonic(), known[row_of].sum()
         unwritten = []
-        for i, (ids, values) in enumerate(scored(_Chosen(batch_size, missing))):
+        for i, (ids, values) in enumerate(scored(Chosen(batch_size, missing))):
             ids, values = ids[ids != NO_GROUP], values[ids != NO_GROUP]
             if not np.isfinite(values).all():
                 row, cell, kind = np.argwhere(~np.isfinite(values))[0]
@@ -189,50 +191,8 @@ def open_reference(root, dataset, objective, model, params, *, mesh=None, batch_
     pieces = Pieces(root, settings, cells)
     reference = CachedReference(dataset, cells, pieces.folder)
     reference._read(pieces)
-    scored = _scorer(dataset, objective, model, params, mesh)
+    scored = functools.partial(make_scorer(dataset, objective, model, cells, mesh), params)
     if reference._known.any():
         reference.deviation = reference._check(dataset, scored, batch_size, settings["model"]["dtype"])
     reference._complete(dataset, scored, batch_size, pieces, progress)
     return reference
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chosen:
-    """Some batches, for a `Loader`, which asks an order for no more than this."""
-
-    batch_size: int
-    batches: list  # of (bucket, groups)
-
-    def __getitem__(self, step):
-        return self.batches[step]
-
-
-def _scorer(dataset, objective, model, params, mesh):
-    """Returns a function of a `_Chosen` that yields (ids int32[B], log-probs float32[B, C, 2]) of each batch.
-
-    The ids come back beside the values, since a mesh may not hold the rows of processes in the order of processes.
-    """
-    cells = objective.reference_cells
-
-    def compute(params, batch):
-        logps = score(model, params, batch, objective)
-        return batch.ids, jnp.stack([jnp.stack(logps[cell], axis=-1) for cell in cells], axis=1)
-
-    compute = jax.jit(compute, out_shardings=None if mesh is None else replicated(mesh))
-
-    def dispatch(batch):
-        if mesh is None:
-            return compute(params, batch)
-        with jax.set_mesh(mesh):
-            return compute(params, batch)
-
-    def scored(chosen, **options):
-        batches = dataset.loader(chosen, **options)(0, len(chosen.batches))
-        late = collections.deque()  # fetched one behind, so that the device does not wait
-        for batch in on_devices(batches, None if mesh is None else over_rows(mesh)):
-            late.append(dispatch(batch))
-            if len(late) > 1:
-                yield jax.device_get(late.popleft())
-        yield from map(jax.device_get, late)
-
-    return scored

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from napo_jax.models.lora import is_adapter
+from napo_jax.models.llava import without_missing_adapters
 from napo_jax.optim import unflatten
 from napo_jax.score import score, valid_cells
 from napo_jax.sharding import ROWS
@@ -64,9 +64,8 @@ def make_train_step(model, objective, optimizer, *, accumulate=1, mesh=None, see
     def score_with(params, frozen, batch, dropout=None):
         # Master parameters are cast where they lie, so that what is gathered from other devices is half as large.
         params = {path: leaf.astype(model.config.dtype) for path, leaf in params.items()}
-        with_adapters = any(map(is_adapter, params))
-        scored = model if with_adapters else model.without_adapters
-        return score(scored, unflatten(params, frozen.params), batch, objective, dropout=dropout)
+        runs = without_missing_adapters(model, params)
+        return score(runs, unflatten(params, frozen.params), batch, objective, dropout=dropout)
 
     def reference_of(frozen, batch):
         if frozen.reference is not None:

@@ -4,23 +4,30 @@ The same command, given again, goes on from the last checkpoint of its workdir.
 """
 
 import dataclasses
+import functools
 import json
 import math
-import signal
+import os
 import sys
 import time
 
 import jax
 from etils import epath
 
+from napo_jax.arithmetic import step_flops
 from napo_jax.checkpoint import Checkpoints
 from napo_jax.config import Config, exit_with_one_line, parse
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.loader import on_devices
-from napo_jax.metrics import Console, Late, MetricsWriter, Pace, progress_line
+from napo_jax.evaluation import HeldOut
+from napo_jax.journal import Journal, StoppedError
+from napo_jax.metrics import Console, peak_flops
 from napo_jax.model_source import find_model
+from napo_jax.models.llava import without_missing_adapters
 from napo_jax.models.lora import is_adapter
-from napo_jax.optim import make_optimizer, unflatten
+from napo_jax.optim import learning_rates, make_optimizer, unflatten
+from napo_jax.preemption import StopSignal
+from napo_jax.processes import join_processes
 from napo_jax.reference import open_reference
 from napo_jax.sharding import ROWS, make_mesh, over_rows
 from napo_jax.start import first_state, load_parts, make_model
@@ -33,16 +40,10 @@ _INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
 class Options:
     """The command's own options."""
 
-    # Where the run is kept: config.json, metrics.jsonl and checkpoints/. Local or gs://.
+    # Where the run is kept: config.json, metrics.jsonl, held_out.jsonl and checkpoints/. Local or gs://.
     workdir: str | None = None
-
-
-class StoppedError(Exception):
-    """A run that ended before its last step; the message says why and how to go on."""
-
-    def __init__(self, message, status):
-        super().__init__(message)
-        self.status = status
+    # Whether this is one of several processes that train together, one for each host of a pod.
+    distributed: bool = False
 
 
 def train(config: Config, workdir, console=None):
@@ -58,17 +59,13 @@ def train(config: Config, workdir, console=None):
     """
     console, workdir = console or Console(), epath.Path(workdir)
     mesh = make_mesh(config.mesh)
-    rows = math.prod(mesh.shape[axis] for axis in ROWS)
-    if config.data.batch_size % (rows * config.train.accumulate):
-        raise ValueError(
-            f"data.batch_size {config.data.batch_size} does not divide into {config.train.accumulate} micro-batches on "
-            f"{rows} devices (mesh.data x mesh.fsdp)"
-        )
+    _check_batch(config, mesh)
+
+    # What is trained, and on what.
     source = find_model(config.model, config.train.seed)
     dataset = open_dataset(config.data, config.objective, source.tokenizer, source.shape)
     loader = dataset.loader()
     steps = config.train.steps or max(1, round(config.train.epochs * loader.order.steps_per_epoch))
-
     model = make_model(config, source.shape)
     trained, frozen, whole = load_parts(config, source, model, mesh)
     optimizer = make_optimizer(config.optimizer, steps)
@@ -76,133 +73,141 @@ def train(config: Config, workdir, console=None):
         console.note(line)
 
     # The reference is the model as it was loaded: before anything of this run's own is restored.
-    dtype = model.config.dtype
-    compute = jax.jit(lambda leaves: {path: leaf.astype(dtype) for path, leaf in leaves.items()})
-    # Adapters begin at 0, so that without them it is the same model.
-    base = {path: leaf for path, leaf in trained.items() if not is_adapter(path)}
-    attach, live = lambda batch: batch, None
-    if config.objective.reference_cells and config.train.reference == "cache":
-        cache, tree = dataset.cache / "reference", unflatten(compute(base), frozen)
-        reference = open_reference(
-            cache, dataset, config.objective, model.without_adapters, tree, mesh=mesh, progress=_Sometimes(console)
-        )
-        attach = reference.attach
-        del tree
-    elif config.objective.reference_cells:
-        live = compute(trained if config.train.reference == "live" else base)
-    del base
+    cached, live = _reference(config, dataset, model, trained, frozen, mesh, console)
+    attach = cached.attach if cached else lambda batch: batch
 
+    # The state: this run's own, or else the model as it was loaded.
     begin, shapes = first_state(trained, optimizer, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=config.train.keep)
-    start = 0
-    if (latest := checkpoints.latest()) is None:
+    best = {"best_metric": config.train.best_metric, "best_mode": _better(config.train.best_metric)}
+    keep = {"keep_last": config.train.keep, "keep_best": config.train.keep_best}
+    checkpoints = Checkpoints(workdir / "checkpoints", **keep, **(best if config.train.keep_best else {}))
+    start, latest = 0, checkpoints.latest()
+    if latest is None:
         state = begin(trained)
         del trained
+        console.note(f"start    step 0 of {steps}, from {source}")
     else:
         del trained  # there is room for one of them
         state, extra = checkpoints.restore(latest, shapes)
         batches = loader()
         batches.set_state(extra["data"])
         start = batches.step
-        console.note(f"goes on from step {start} of {checkpoints.folder}")
+        console.note(f"start    goes on from step {start} of {checkpoints.folder}")
     if start >= steps:
         console.note(f"{steps} steps are done: nothing to do")
         return {}
+    settings = as_json(config)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(_as_json(config), indent=1))
+        (workdir / "config.json").write_text(json.dumps(settings, indent=1))
 
-    step_of = jax.jit(
-        make_train_step(
-            model, config.objective, optimizer, accumulate=config.train.accumulate, mesh=mesh, seed=config.train.seed
-        ),
-        donate_argnums=0,
-    )
+    accumulate, seed = config.train.accumulate, config.train.seed
+    step = make_train_step(model, config.objective, optimizer, accumulate=accumulate, mesh=mesh, seed=seed)
+    rate_of = learning_rates(config.optimizer, steps)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step_of(state, frozen, batch):
+        after, metrics = step(state, frozen, batch)
+        return after, metrics | {"learning_rate": rate_of(state.step)}
+
+    @functools.cache
+    def flops(bucket):
+        cells, groups = config.objective.cell_image, config.data.batch_size
+        return step_flops(model.config, bucket, groups, cells, trained=state.params, reference=live is not None)
+
+    held_out = None
+    if config.data.held_out:
+        reference = cached if live is None else (without_missing_adapters(model, live), unflatten(live, frozen))
+        held_out = HeldOut(dataset, config.objective, model, reference, mesh=mesh)
     frozen = Frozen(frozen, live)
-    writer, late, pace, stop = MetricsWriter(workdir, start), Late(), Pace(), _StopSignal()
-    ids, seen, last = {}, set(), {}
+    records = dataset.table.records
+    journal = Journal(
+        config.train,
+        workdir,
+        start,
+        steps,
+        console,
+        examples=config.data.batch_size,
+        records_of=lambda number: records[loader.order[number - 1][1]].tolist(),
+        last_good=checkpoints.latest,
+        settings=settings,
+        peak=peak_flops() if config.model.dtype == "bfloat16" else None,
+    )
 
-    def finish(done):
-        """Takes in a step's metrics once they are there; raises StoppedError where the loss is no number."""
-        nonlocal last
-        if done is None:
-            return
-        number, last = done
-        records, tokens = ids.pop(number)
-        pace.done(examples=config.data.batch_size, tokens=tokens)
-        if not math.isfinite(last["loss"]):
-            file = workdir / "not_finite.json"
-            file.write_text(
-                json.dumps({"step": number, "records": records, "metrics": {k: str(v) for k, v in last.items()}})
+    def evaluate(number):
+        journal.flush()
+        measured = held_out(unflatten(state.params, frozen.params))
+        if config.train.keep_best and config.train.best_metric not in measured:
+            raise ValueError(
+                f"train.best_metric is {config.train.best_metric}, and an evaluation gives {', '.join(measured)}"
             )
-            raise StoppedError(
-                f"the loss of step {number} is {last['loss']}; its records are in {file}, and the last good checkpoint "
-                f"is that of step {checkpoints.latest() or 0}",
-                1,
-            )
-        if number % config.train.log_every == 0 or number == steps:
-            rates = pace.rates()
-            writer.write(number, last | rates)
-            console.progress(progress_line(number, steps, last, rates))
+        journal.evaluation(number, measured)
+        journal.interrupted()
+        return measured
 
-    def save(number):
-        finish(late.flush())  # what is not known to be good is not saved
-        writer.flush()
-        extra = {"data": {"step": number, "data": loader.fingerprint}, "config": _as_json(config)}
-        checkpoints.save(number, state, extra)
+    def save(number, measured):
+        journal.flush()  # what is not known to be good is not saved
+        extra = {"data": {"step": number, "data": loader.fingerprint}, "config": settings}
+        checkpoints.save(number, state, extra, measured)
+        journal.interrupted()
 
     try:
-        with stop, jax.set_mesh(mesh):
+        with StopSignal() as stop, jax.set_mesh(mesh):
+            if held_out and start == 0:
+                evaluate(0)
+            seen = set()
             for number, batch in enumerate(on_devices(map(attach, loader(start, steps)), over_rows(mesh)), start + 1):
-                if batch.bucket not in seen:
-                    pace.interrupted()
+                if batch.bucket not in seen:  # it is compiled now
+                    journal.interrupted()
                     seen.add(batch.bucket)
-                ids[number] = (
-                    batch.ids.tolist() if batch.ids.is_fully_addressable else [],
-                    batch.bucket.tokens * len(batch.ids),
-                )
                 state, metrics = step_of(state, frozen, batch)
-                finish(late.push(number, metrics))
-                asked = stop.asked(number)  # once a step: with several processes it is where they meet
-                if number % config.train.checkpoint_every == 0 or number == steps or asked:
-                    save(number)
-                    pace.interrupted()
-                if asked and number < steps:
+                tokens = batch.bucket.tokens * config.data.batch_size
+                journal.step(number, metrics, tokens=tokens, flops=flops(batch.bucket))
+                last, asked = number == steps, stop.asked(number)
+                measured = None
+                if held_out and (last or number % config.train.evaluate_every == 0):
+                    measured = evaluate(number)
+                if last or asked or number % config.train.checkpoint_every == 0:
+                    save(number, measured)
+                if asked and not last:
                     raise StoppedError(
                         f"asked to stop: saved step {number}; the same command goes on from there", _INTERRUPTED
                     )
     finally:
-        writer.close()
-        console.close()
+        journal.close()
         checkpoints.close()
-    return last
+    return journal.last
 
 
-class _StopSignal:
-    """Whether the run was asked to end, by SIGTERM or by what schedules its machine."""
+def _check_batch(config, mesh):
+    """Raises if a batch does not divide into micro-batches on all devices."""
+    rows, accumulate = math.prod(mesh.shape[axis] for axis in ROWS), config.train.accumulate
+    if config.data.batch_size % (rows * accumulate):
+        raise ValueError(
+            f"data.batch_size {config.data.batch_size} does not divide into {accumulate} micro-batches on {rows} "
+            "devices (mesh.data x mesh.fsdp)"
+        )
 
-    def __enter__(self):
-        self._got = False
-        try:
-            self._before = signal.signal(signal.SIGTERM, self._hear)
-        except ValueError:  # not the main thread: somebody else's program, which hears its signals itself
-            self._before = None
-        return self
 
-    def __exit__(self, *error):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+def _reference(config, dataset, model, trained, frozen, mesh, console):
+    """Returns the `CachedReference`, or else the leaves that run along as reference; None for what is not used."""
+    if not config.objective.reference_cells:
+        return None, None
+    dtype = model.config.dtype
+    compute = jax.jit(lambda leaves: {path: leaf.astype(dtype) for path, leaf in leaves.items()})
+    # Adapters begin at 0, so that without them it is the same model.
+    base = {path: leaf for path, leaf in trained.items() if not is_adapter(path)}
+    if config.train.reference == "cache":
+        tree, root = unflatten(compute(base), frozen), dataset.cache / "reference"
+        show = _Sometimes(console)
+        model = model.without_adapters
+        return open_reference(root, dataset, config.objective, model, tree, mesh=mesh, progress=show), None
+    return None, compute(trained if config.train.reference == "live" else base)
 
-    def _hear(self, *_):
-        self._got = True
 
-    def asked(self, step):
-        """Tells whether to end after this step; the same on all processes."""
-        if jax.process_count() == 1:
-            return self._got
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
+def _better(metric):
+    """Tells whether less or more of a metric is better."""
+    return "min" if metric.rpartition("/")[2] == "loss" else "max"
 
 
 class _Sometimes:
@@ -224,8 +229,9 @@ def _report(config, source, dataset, steps, trained, frozen, whole):
     if whole:
         yield f"         held whole by every device: {', '.join(whole)}"
     yield f"devices  {jax.device_count()} {jax.devices()[0].device_kind}, mesh {config.mesh}"
+    held_out = f", {int(dataset.held_out.sum())} of them held out" if config.data.held_out else ""
     yield (
-        f"data     {dataset.rows} rows, {len(dataset.table)} groups, {len(dataset.buckets)} buckets, "
+        f"data     {dataset.rows} rows, {len(dataset.table)} groups{held_out}, {len(dataset.buckets)} buckets, "
         f"padding {dataset.padding:.1%}"
     )
     if dataset.dropped:
@@ -233,11 +239,15 @@ def _report(config, source, dataset, steps, trained, frozen, whole):
     yield f"steps    {steps} of {config.data.batch_size} groups, {steps / dataset.order().steps_per_epoch:.2f} epochs"
 
 
-def _as_json(config):
-    """Returns a config as a dict for JSON; what is no plain value is written as it prints."""
-    return json.loads(
-        json.dumps(dataclasses.asdict(config), default=lambda value: getattr(value, "__name__", str(value)))
-    )
+def as_json(config):
+    """Returns a config as a dict for JSON; what is no plain value is written as it prints.
+
+    The model's path is made absolute: a later run that begins with this one may be started elsewhere.
+    """
+    values = dataclasses.asdict(config)
+    if config.model.path is not None and "://" not in str(config.model.path):
+        values["model"]["path"] = os.path.abspath(config.model.path)
+    return json.loads(json.dumps(values, default=lambda value: getattr(value, "__name__", str(value))))
 
 
 def main(argv=None):
@@ -245,6 +255,8 @@ def main(argv=None):
     config, options = parse(Options, argv, description=__doc__)
     if options.workdir is None:
         raise ValueError("say where the run is kept: --workdir runs/a, for example")
+    if options.distributed:
+        join_processes()
     try:
         train(config, options.workdir)
     except StoppedError as reason:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from loader_run import dataset_of
 
-from napo_jax import reference
+from napo_jax import reference, scorer
 from napo_jax.models import Llava, LlavaConfig
 from napo_jax.objective import Logps, napo
 from napo_jax.sharding import MeshConfig, make_mesh
@@ -26,7 +26,7 @@ def quick_score(model, params, batch, objective):
     place = 1 + jnp.arange(batch.answer_ids.shape[-1], dtype=jnp.int32)
     words = jnp.sum(batch.answer_ids * place[None, None], axis=-1) + jnp.sum(batch.prefix_ids, axis=-1)[:, None]
     pixels = jnp.sum(batch.images.astype(jnp.int32), axis=(1, 2, 3)) % 1009
-    total = -(words + pixels[:, None]).astype(jnp.float32) * jnp.sum(params["weights"])
+    total = -(words + pixels[:, None]).astype(jnp.float32) * jnp.sum(params["weights"].astype(jnp.float32))
     mean = total / jnp.maximum(batch.answer_lengths, 1).astype(jnp.float32)
     return {cell: Logps(total[:, c], mean[:, c]) for c, cell in enumerate(objective.cells)}
 
@@ -53,7 +53,7 @@ def main():
     """Prints for both times how many batches were computed, the deviation, and the values of each row."""
     folder, *numbers = sys.argv[1:]
     process, processes, port, seconds = int(numbers[0]), int(numbers[1]), int(numbers[2]), float(numbers[3])
-    reference.score, reference.PIECE_ROWS = quick_score, PIECE
+    scorer.score, reference.PIECE_ROWS = quick_score, PIECE
     options = {}
     if processes > 1:
         jax.config.update("jax_num_cpu_devices", 2)

@@ -23,7 +23,7 @@ from reference_run import BATCH, PIECE, ROWS, WEIGHTS, open_quickly, quick_score
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from napo_jax import reference, reference_cache
+from napo_jax import reference, reference_cache, scorer
 from napo_jax.data.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.loader import Pictures
@@ -41,7 +41,7 @@ from napo_jax.sharding import MeshConfig, make_mesh, shard_params
 @pytest.fixture
 def quick(monkeypatch):
     """Puts `quick_score` in the model's place, and makes pieces small."""
-    monkeypatch.setattr(reference, "score", quick_score)
+    monkeypatch.setattr(scorer, "score", quick_score)
     monkeypatch.setattr(reference, "PIECE_ROWS", PIECE)
 
 
@@ -60,7 +60,7 @@ def dataset(folder):
 def straight(dataset, tmp_path_factory):
     """The values of a call that nothing interrupts."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(reference, "score", quick_score)
+        monkeypatch.setattr(scorer, "score", quick_score)
         return values_of(open_quickly(tmp_path_factory.mktemp("straight"), dataset), dataset)
 
 
@@ -462,7 +462,7 @@ def test_a_value_that_is_no_number_is_never_written(bad, dataset, tmp_path, quic
         rejected = logps["rejected"]
         return logps | {"rejected": rejected._replace(mean=jnp.where(batch.ids == number, bad, rejected.mean))}
 
-    monkeypatch.setattr(reference, "score", score_with_one_bad)
+    monkeypatch.setattr(scorer, "score", score_with_one_bad)
     with pytest.raises(ValueError, match=rf"the reference gives rejected of record {number} the mean log-prob {bad}:"):
         open_quickly(tmp_path, dataset)
     pieces = [pq.read_table(file) for file in tmp_path.glob("*/*.parquet")]

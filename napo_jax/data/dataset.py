@@ -4,15 +4,18 @@ import collections
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from napo_jax.config import DataConfig
 from napo_jax.data.buckets import Bucket, choose_buckets, padding_share
 from napo_jax.data.corruptions import VARIANTS
 from napo_jax.data.groups import GroupRules, GroupTable, tabulate
 from napo_jax.data.loader import Loader, Pictures
 from napo_jax.data.made_up import MadeUpRecords
-from napo_jax.data.order import Order
+from napo_jax.data.order import NO_GROUP, Order
 from napo_jax.data.prompts import Prompter
 from napo_jax.data.records import default_cache, open_records
+from napo_jax.data.store import PICTURE_DIGITS
 from napo_jax.models.clip import ClipConfig
 from napo_jax.objective import Objective
 
@@ -28,6 +31,7 @@ class Dataset:
     buckets: tuple[Bucket, ...]
     bucket_of: object  # int[N]
     vision: ClipConfig
+    held_out: np.ndarray  # bool[N], the groups that are evaluated and never trained on
     cache: Path  # where records, groups and what is computed of them are kept
 
     @property
@@ -46,10 +50,28 @@ class Dataset:
         lengths = self.table.prefix_lengths, self.table.answer_lengths
         return padding_share(self.buckets, self.bucket_of, *lengths, self.table.rules.prefixes)
 
-    def order(self, **options) -> Order:
-        """Returns the order of batches; options are those of `Order`, in place of the config's."""
+    def order(self, *, held_out: bool | None = False, **options) -> Order:
+        """Returns the order of batches; options are those of `Order`, in place of the config's.
+
+        Args:
+          held_out: False for the groups to train on, True for those held out, None for all.
+          **options: of `Order`.
+        """
         options = {"batch_size": self.config.batch_size, "seed": self.config.seed} | options
-        return Order(self.bucket_of, **options)
+        drawn = True if held_out is None else self.held_out == held_out
+        return Order(np.where(drawn, self.bucket_of, NO_GROUP), **options)
+
+    def under(self, objective: Objective) -> "Dataset":
+        """Returns the same groups under another objective of the same answers, in buckets for those held out."""
+        rules = GroupRules.of(objective)
+        if rules.answers != self.table.rules.answers:
+            raise ValueError(f"groups hold the answers {self.table.rules.answers}, and not {rules.answers}")
+        rules = dataclasses.replace(self.table.rules, cells=rules.cells, prefixes=rules.prefixes)
+        table = GroupTable(self.table.folder, rules, self.table.image_tokens)
+        buckets, held_out = _buckets(table, self.config, self.held_out)
+        bucket_of = np.full(len(table), NO_GROUP, np.int32)
+        bucket_of[self.held_out] = held_out
+        return dataclasses.replace(self, table=table, buckets=buckets, bucket_of=bucket_of)
 
     def loader(self, order=None, **options) -> Loader:
         """Returns a loader of an order, by default the shuffled one for training; options are those of `Loader`."""
@@ -101,11 +123,28 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
             f"the tokenizer gives the id {table.largest_id}, and the model knows {model.text.vocab_size} ids: they do "
             "not belong together"
         )
-    buckets, bucket_of = choose_buckets(
-        table.prefix_lengths,
-        table.answer_lengths,
-        rules.prefixes,
+    buckets, bucket_of = _buckets(table, config)
+    held_out = _hold_out(table.keys, config.held_out, config.seed)
+    return Dataset(config, records, prompter, table, buckets, bucket_of, model.vision, held_out, cache)
+
+
+def _buckets(table, config, some=slice(None)):
+    """Chooses the buckets of some groups."""
+    return choose_buckets(
+        table.prefix_lengths[some],
+        table.answer_lengths[some],
+        table.rules.prefixes,
         count=config.buckets,
         attention_multiple=config.attention_multiple,
     )
-    return Dataset(config, records, prompter, table, buckets, bucket_of, model.vision, cache)
+
+
+def _hold_out(keys, count, seed):
+    """Chooses at least `count` groups, bool[N]: whole pictures, so that none is both trained on and evaluated."""
+    _, picture_of = np.unique([key[:PICTURE_DIGITS] for key in keys], return_inverse=True)
+    if not 0 <= count < len(keys):
+        raise ValueError(f"data.held_out is {count}, and there are {len(keys)} groups in all: set less apart")
+    groups = np.bincount(picture_of)
+    turn = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(groups))
+    chosen = turn[: np.searchsorted(np.cumsum(groups[turn]), count) + 1] if count else []
+    return np.isin(picture_of, chosen)

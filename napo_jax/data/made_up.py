@@ -74,5 +74,5 @@ class MadeUpRecords:
         random = np.random.default_rng([self.seed, number, 0])
         sentence = lambda low, high: " ".join(random.choice(_WORDS, random.integers(low, high)))
         answers = {name: sentence(1, 12) + "." for name in ANSWERS}
-        key = hashlib.sha256(repr((self.seed, self.image_size, number)).encode()).hexdigest()[:32]
+        key = hashlib.sha256(repr((self.seed, self.image_size, number)).encode()).hexdigest()[:48]
         return key, sentence(3, 8) + "?", answers

@@ -21,12 +21,12 @@ class Order:
     """
 
     def __init__(self, bucket_of, batch_size, *, seed=0, shuffle=True, keep_rest=False):
-        """Takes int[N], the bucket of each group; raises if there are too few groups for one batch."""
+        """Takes int[N], the bucket of each group, NO_GROUP of those that are not drawn; raises if there are too few."""
         self.bucket_of = np.asarray(bucket_of, np.int32)
         self.batch_size, self.seed, self.shuffle, self.keep_rest = batch_size, seed, shuffle, keep_rest
         if batch_size < 1:
             raise ValueError(f"a batch needs at least one group, got a batch size of {batch_size}")
-        count = len(self.bucket_of)
+        count = int(np.sum(self.bucket_of != NO_GROUP))
         self.steps_per_epoch = -(-count // batch_size) if keep_rest else count // batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(f"{count} groups are too few for a batch of {batch_size}")
@@ -51,8 +51,9 @@ class Order:
         rest = np.zeros(0, np.int32)
         bucket_of = self.bucket_of
         if self.shuffle and not self.keep_rest:
-            out = random.choice(len(bucket_of), len(bucket_of) % self.batch_size, replace=False)
-            bucket_of = np.where(np.isin(np.arange(len(bucket_of)), out), -1, bucket_of)
+            there = np.flatnonzero(bucket_of != NO_GROUP)
+            out = random.choice(there, len(there) % self.batch_size, replace=False)
+            bucket_of = np.where(np.isin(np.arange(len(bucket_of)), out), NO_GROUP, bucket_of)
         for bucket in range(self.bucket_of.max() + 1):
             members = np.concatenate([rest, np.flatnonzero(bucket_of == bucket).astype(np.int32)])
             if self.shuffle:

@@ -27,16 +27,17 @@ from etils import epath
 from napo_jax.data.images import ImageError, decode
 from napo_jax.data.sources import DataError, RowError, parse, read_batches
 
-_FORMAT = 1  # of the folder, and of the checks that its rows passed
+_FORMAT = 2  # of the folder, and of the checks that its rows passed
 _RECORDS, _TEXTS, _SUMMARY = "records", "texts.parquet", "summary.json"  # the files of a store
 _TEXT_SCHEMA = pa.schema({"key": pa.string(), "question": pa.string(), "answers": pa.map_(pa.string(), pa.string())})
 _TEXT_BATCH = 1024
+PICTURE_DIGITS = 16  # of a record's key: those of its picture
 
 
 class Record(NamedTuple):
     """One row as stored."""
 
-    key: str  # 32 hex digits, a digest of what follows: equal rows have equal keys
+    key: str  # 48 hex digits, a digest of the picture and one of all that follows: equal rows have equal keys
     image: bytes  # the encoded picture
     question: str
     answers: dict[str, str]  # by name, those that are there
@@ -211,7 +212,7 @@ def _key(image, row):
     for part in (image, *(text.encode() for text in texts)):
         digest.update(len(part).to_bytes(8, "little"))  # so that what ends one part cannot begin the next
         digest.update(part)
-    return digest.hexdigest()
+    return hashlib.blake2b(image, digest_size=PICTURE_DIGITS // 2).hexdigest() + digest.hexdigest()
 
 
 def _read_image(root, name):

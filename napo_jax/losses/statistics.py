@@ -77,15 +77,16 @@ def noise_coefficient(margin, *, alpha, beta=0.1, rule="paper", where=None, axis
     return jax.lax.stop_gradient(_COEFFICIENT_RULES[rule](mean_margin, alpha, beta))
 
 
-def term_weights(margins, *, where=None, axis_name=None, floor=0.01, cap=1.0):
+def term_weights(margins, *, where=None, axis_name=None, floor=0.01, cap=1.0, least=1e-4):
     """Weighs the terms of an objective by how well each separates its answers: the dynamic gamma (Eq. 13).
 
     gamma_i = psi_i / sum_j psi_j, clipped to [floor, cap], with psi_i the mean margin of term i over the valid examples
     of the whole batch. The equation says nothing of two cases, so this is the rule:
 
     * A negative psi counts as 0: a term that points the wrong way keeps the floor, and takes nothing from the others.
-    * If no psi is positive, every weight is 1 / K before clipping. So it is at step 0, where the policy is the
-      reference and Eq. 13 would be 0 / 0.
+    * If the positive psi do not add up to `least`, every weight is 1 / K before clipping. So it is at step 0, where the
+      policy is the reference and Eq. 13 would be 0 / 0: of log-probs that were computed in another batch, a ratio
+      there would be one of rounding errors.
 
     The weights are clipped and not normalised again, as in the paper: with the default cap their sum is between 1 and
     1 + (K - 1) floor.
@@ -96,6 +97,7 @@ def term_weights(margins, *, where=None, axis_name=None, floor=0.01, cap=1.0):
       axis_name: mapped axis or axes to average over too.
       floor: least weight.
       cap: greatest weight.
+      least: the least sum of margins that is told from rounding.
 
     Returns:
       float32[K]: the weights, constants to the gradient.
@@ -115,5 +117,5 @@ def term_weights(margins, *, where=None, axis_name=None, floor=0.01, cap=1.0):
     means = jnp.stack([batch_mean(*row, axis_name) for row in zip(margins, valid, strict=True)])
     positive = jnp.maximum(means, 0)
     total = jnp.sum(positive)
-    share = jnp.where(total <= 0, 1 / len(means), positive / total)
+    share = jnp.where(total < least, 1 / len(means), positive / jnp.maximum(total, least))
     return jax.lax.stop_gradient(jnp.clip(share, floor, cap))

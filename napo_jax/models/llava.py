@@ -13,7 +13,7 @@ from napo_jax.models.attention import BACKENDS
 from napo_jax.models.clip import ClipConfig, ClipTower
 from napo_jax.models.layout import Layout
 from napo_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
-from napo_jax.models.lora import LoraConfig
+from napo_jax.models.lora import LoraConfig, is_adapter
 from napo_jax.sharding import keep_rows
 
 # Stands in token ids for one image token each; a picture takes `ClipConfig.image_tokens` of them.
@@ -253,6 +253,11 @@ class Llava:
     def _apply(self, params, *args, method=None, dropout=None):
         rngs = {} if dropout is None else {"dropout": dropout}
         return self._network.apply({"params": params}, *args, method=method, rngs=rngs)
+
+
+def without_missing_adapters(model: Llava, leaves) -> Llava:
+    """Returns the model as {path: leaf} fit it: without adapters where there are none among them."""
+    return model if any(map(is_adapter, leaves)) else model.without_adapters
 
 
 def check_groups(groups, cell_image, config):

@@ -1,0 +1,103 @@
+"""What a training tells while it runs: metrics, taken in one step late, for files, the console and services."""
+
+import json
+import math
+
+import jax
+
+from napo_jax.metrics import Late, MetricsWriter, Pace, progress_line, to_tensorboard, to_wandb
+
+
+class StoppedError(Exception):
+    """A run that ended before its last step; the message says why and how to go on."""
+
+    def __init__(self, message, status):
+        """Takes the message and the exit status."""
+        super().__init__(message)
+        self.status = status
+
+
+class Journal:
+    """Takes in steps and evaluations.
+
+    Attributes:
+      last: {name: float}, the metrics of the latest step that was taken in.
+    """
+
+    def __init__(self, train, workdir, start, steps, console, *, examples, records_of, last_good, settings, peak=None):
+        """Opens the files of a run that goes on from a step.
+
+        Args:
+          train: `TrainConfig`.
+          workdir: the run's folder.
+          start: int, steps done.
+          steps: int, steps in all.
+          console: `Console`.
+          examples: groups a step, over all devices.
+          records_of: step -> list of the record numbers of its batch.
+          last_good: () -> the step of the latest checkpoint, or None.
+          settings: the config as a dict for JSON, for W&B.
+          peak: the operations per second that all devices together can do, if known.
+        """
+        self.last = {}
+        self._workdir, self._steps, self._every, self._console = workdir, steps, train.log_every, console
+        self._examples, self._records_of, self._last_good = examples, records_of, last_good
+        self._late, self._pace, self._work = Late(), Pace(peak=peak), {}
+        also = [to_tensorboard(workdir / "tensorboard")] if train.tensorboard else []
+        also += [to_wandb(workdir, settings, train.wandb)] if train.wandb else []
+        named = lambda write: lambda step, metrics: write(step, {f"held_out/{k}": v for k, v in metrics.items()})
+        done = start or -1  # a run that begins has no line of step 0 yet
+        self._writer = MetricsWriter(workdir, done, also=also)
+        self._evaluations = MetricsWriter(workdir, done, name="held_out.jsonl", also=[named(write) for write in also])
+
+    def step(self, number, metrics, *, tokens, flops):
+        """Takes a step that is on its way, {name: array[]}, and writes the one before."""
+        self._work[number] = {"tokens": tokens, "flops": flops}
+        self._take(self._late.push(number, metrics))
+
+    def flush(self):
+        """Waits for the latest step and writes it; raises StoppedError if its loss is no number."""
+        self._take(self._late.flush())
+        self._writer.flush()
+        self._evaluations.flush()
+
+    def evaluation(self, number, metrics):
+        """Writes what the groups held out gave after a step, {name: float}."""
+        self._evaluations.write(number, metrics)
+        margins = "  ".join(
+            f"{k.removesuffix('/margin')} {v:+.3f}" for k, v in metrics.items() if k.endswith("/margin")
+        )
+        self._console.note(f"held out, step {number}: loss {metrics['loss']:.4f}  margins {margins}")
+
+    def interrupted(self):
+        """Tells that something else than steps took time."""
+        self._pace.interrupted()
+
+    def close(self):
+        """Closes the files and leaves the console's line."""
+        self._writer.close()
+        self._evaluations.close()
+        self._console.close()
+
+    def _take(self, done):
+        if done is None:
+            return
+        number, self.last = done
+        self._pace.done(examples=self._examples, **self._work.pop(number))
+        if not math.isfinite(self.last["loss"]):
+            raise StoppedError(self._not_finite(number), 1)
+        if number % self._every == 0 or number == self._steps:
+            rates = self._pace.rates()
+            self._writer.write(number, self.last | rates)
+            self._console.progress(progress_line(number, self._steps, self.last, rates))
+
+    def _not_finite(self, number):
+        """Writes down the records of a step whose loss is no number; returns what to say."""
+        file = self._workdir / "not_finite.json"
+        metrics = {name: str(value) for name, value in self.last.items()}
+        if jax.process_index() == 0:
+            file.write_text(json.dumps({"step": number, "records": self._records_of(number), "metrics": metrics}))
+        return (
+            f"the loss of step {number} is {self.last['loss']}; its records are in {file}, and the last good "
+            f"checkpoint is that of step {self._last_good() or 0}"
+        )
