@@ -3,9 +3,12 @@
 A config file defines `get_config() -> Config`. Every field below is a flag of every command, `--data.batch-size 8`.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -17,6 +20,9 @@ from napo_jax.models.lora import LoraConfig
 from napo_jax.objective import Objective, napo
 from napo_jax.optim import OptimizerConfig
 from napo_jax.sharding import MeshConfig
+
+# What a user can mend. Of what the system says of a file, that which another path or another permission would change.
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def _check_fields(config, group):
@@ -223,12 +229,34 @@ def parse(options: type, argv=None, *, description: str) -> tuple[Config, Any]:
             ("run", Annotated[Config, tyro.conf.arg(name="")]),
         ],
     )
-    given = tyro.cli(command, default=command(file, options(), default), args=rest, description=description)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            given = tyro.cli(command, default=command(file, options(), default), args=rest, description=description)
+    except SystemExit:
+        if said.getvalue():
+            raise ValueError(_without_box(said.getvalue())) from None
+        raise  # --help
     if not file:
         raise ValueError("say which config to use: --config configs/debug.py, for example")
     if given.config != file:
         raise ValueError(f"--config is given twice, {file} and {given.config}; name one file")
     return given.run, given.options
+
+
+def _without_box(text):
+    """Returns the message in one of tyro's boxes, and the flags that it finds near a wrong one."""
+    parts = [[]]
+    for line in text.splitlines()[1:]:  # the first line is the title
+        line = line.strip().strip("│|").strip()
+        if not line.strip("─-╰╯+"):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    first, *more = (part for part in parts if part)
+    message = re.sub(r"^Error parsing run(\.\w+)?: ", "", " ".join(first))
+    near = [line for part in more if "meant" in part[0] for line in part if line.startswith("--")]
+    return message + (f"; perhaps you meant {' or '.join(near)}" if near else "; --help lists all")
 
 
 def _take_config(argv):
@@ -245,12 +273,13 @@ def exit_with_one_line(main):
     """Runs a command; what is wrong with its usage, config or data becomes one line and exit status 2."""
     try:
         main()
-    # Of what the system says of a file, that which another path or another permission would change.
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+    except USER_ERRORS as error:
+        print(one_line(error), file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _one_line(error):
-    """Returns a message with what is not printable escaped: names of files and columns may hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+def one_line(error) -> str:
+    """Returns what to print of one of USER_ERRORS."""
+    # Names of files and columns may hold anything.
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+    return f"error: {''.join(escaped)}"

@@ -3,6 +3,7 @@
 The same command, given again, goes on from the last checkpoint of its workdir.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -27,7 +28,7 @@ from napo_jax.models.llava import without_missing_adapters
 from napo_jax.models.lora import is_adapter
 from napo_jax.optim import learning_rates, make_optimizer, unflatten
 from napo_jax.preemption import StopSignal
-from napo_jax.processes import join_processes
+from napo_jax.processes import together
 from napo_jax.reference import open_reference
 from napo_jax.sharding import ROWS, make_mesh, over_rows
 from napo_jax.start import first_state, load_parts, make_model
@@ -255,13 +256,12 @@ def main(argv=None):
     config, options = parse(Options, argv, description=__doc__)
     if options.workdir is None:
         raise ValueError("say where the run is kept: --workdir runs/a, for example")
-    if options.distributed:
-        join_processes()
-    try:
-        train(config, options.workdir)
-    except StoppedError as reason:
-        print(reason, file=sys.stderr)
-        raise SystemExit(reason.status) from None
+    with together() if options.distributed else contextlib.nullcontext():
+        try:
+            train(config, options.workdir)
+        except StoppedError as reason:
+            print(reason, file=sys.stderr)
+            raise SystemExit(reason.status) from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from napo_jax import config, preview
-from napo_jax.config import Config, DataConfig, exit_with_one_line, load_config, parse
+from napo_jax.config import DataConfig, exit_with_one_line, load_config, parse
 
 RUN_ANSWERS = ("chosen", "rejected", "question_only", "image_only")
 SCRIPT = "<script>document.title='owned'</script>"
@@ -179,11 +180,6 @@ def test_a_config_is_read_and_overridden():
     assert read.objective == default.objective
 
 
-@pytest.mark.parametrize("name", ["debug", "llava7b"])
-def test_every_config_loads(name):
-    assert isinstance(load_config(f"configs/{name}.py"), Config)
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -192,15 +188,23 @@ def test_every_config_loads(name):
         (["--config", "tests/quick.py"], "must define get_config"),
         (["--config", "configs/debug.py", "--data.batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--config", "configs/debug.py", "--data.workers", "-1"], "must not be negative"),
+        (
+            ["--config", "configs/debug.py", "--data.bach-size", "1"],
+            "bach-size, 1; perhaps you meant --data.batch-",
+        ),
+        (["--config", "configs/debug.py", "--data.batch-size", "x"], r"--data.batch-size: .*'x'"),
+        (["--config", "configs/debug.py", "--data.batch-size"], "Missing value for argument '--data.batch-size'"),
+        (["--config", "configs/debug.py", "--model.dtype", "int8"], r"'int8' .*'--model.dtype'.*'bfloat16', 'float32'"),
     ],
 )
 def test_a_bad_command_line_is_one_line_and_exit_2(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         exit_with_one_line(lambda: preview.main(argv))
     assert stop.value.code == 2
-    import re
-
-    assert re.search(message, capsys.readouterr().err)
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    assert re.search(message, line)
 
 
 @pytest.mark.parametrize(
