@@ -180,6 +180,10 @@ class Config:
 
     def __post_init__(self):
         """Checks what one part needs of another."""
+        if self.data.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} does not divide into train.accumulate {self.train.accumulate}"
+            )
         if self.train.keep_best and not self.data.held_out:
             raise ValueError("train.keep_best needs groups to evaluate on: set data.held_out")
         if self.train.reference == "adapters_off" and not self.lora.rank:

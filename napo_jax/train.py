@@ -20,6 +20,7 @@ from napo_jax.checkpoint import Checkpoints
 from napo_jax.config import Config, exit_with_one_line, parse
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.loader import on_devices
+from napo_jax.data.records import find_files
 from napo_jax.evaluation import HeldOut
 from napo_jax.journal import Journal, StoppedError
 from napo_jax.metrics import Console, peak_flops
@@ -59,15 +60,19 @@ def train(config: Config, workdir, console=None):
       the metrics of the last step, {name: float}. Raises StoppedError if the run was asked to end, or its loss did.
     """
     console, workdir = console or Console(), epath.Path(workdir)
+    # What can be wrong is looked for before what takes long: files, then devices, then all rows.
+    source = find_model(config.model, config.train.seed)
+    shape = source.shape
+    if config.data.path is not None:
+        find_files(config.data.path)
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
 
     # What is trained, and on what.
-    source = find_model(config.model, config.train.seed)
-    dataset = open_dataset(config.data, config.objective, source.tokenizer, source.shape)
+    dataset = open_dataset(config.data, config.objective, source.tokenizer, shape)
     loader = dataset.loader()
     steps = config.train.steps or max(1, round(config.train.epochs * loader.order.steps_per_epoch))
-    model = make_model(config, source.shape)
+    model = make_model(config, shape)
     trained, frozen, whole = load_parts(config, source, model, mesh)
     optimizer = make_optimizer(config.optimizer, steps)
     for line in _report(config, source, dataset, steps, trained, frozen, whole):

@@ -1,4 +1,4 @@
-"""Compiles the gradient of a small model for TPU v5e chips and prints how many Pallas kernels are in it.
+"""Compiles the gradient of a small model for TPU v5e chips, and lays out a mesh over two slices of them.
 
 A program of its own, because libtpu reads its environment once per process.
 """
@@ -30,7 +30,7 @@ def placed(x, sharding):
 
 
 def main():
-    """Prints `backend chips count` for splash and xla, on one chip and on four."""
+    """Prints `backend chips kernels` for splash and xla, on one chip and on four; then `slices` of a hybrid mesh."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     text = LlamaConfig(vocab_size=512, width=256, mlp_width=512, layers=2, heads=2, kv_heads=2)
     vision = ClipConfig(image_size=56, patch_size=14, width=64, mlp_width=128, layers=2, heads=2)
@@ -51,6 +51,9 @@ def main():
         with jax.set_mesh(mesh):
             compiled = jax.jit(gradient).lower(params, rows).compile()
         print(backend, mesh.size, compiled.as_text().count('custom_call_target="tpu_custom_call"'))
+    both = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, slices=2), both)
+    print("slices", *(sorted({device.slice_index for device in copy.flat}) for copy in mesh.devices))
 
 
 if __name__ == "__main__":

@@ -193,8 +193,11 @@ def test_the_model_compiles_for_a_tpu_that_is_not_there():
     script = Path(__file__).parent / "compile_for_tpu.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = {tuple(line.split()[:2]): int(line.split()[2]) for line in done.stdout.splitlines()}
+    *counts, slices = done.stdout.splitlines()
+    kernels = {tuple(line.split()[:2]): int(line.split()[2]) for line in counts}
     # forward, its repetition in the backward pass, and the two kernels of the backward pass
     assert kernels["splash", "1"] >= 3
     assert kernels["splash", "4"] == kernels["splash", "1"]
     assert kernels["xla", "1"] == 0
+    # A copy of the model keeps within a slice: what crosses the slow network is the sum over copies.
+    assert slices == "slices [0] [1]"

@@ -186,8 +186,9 @@ def test_a_loss_that_is_no_number_ends_the_run(folder):
         ([], "say where the run is kept: --workdir"),
         (
             ["--workdir", "x", "--data.batch-size", "6", "--train.accumulate", "4"],
-            "batch_size 6 does not divide into 4",
+            "batch_size 6 does not divide into train.accumulate 4",
         ),
+        (["--workdir", "x", "--data.batch-size", "12"], "12 does not divide into 1 micro-batches on 8 devices"),
         (["--workdir", "x", "--mesh.fsdp", "3"], "takes 3 devices, and there are 8"),
         (["--workdir", "x", "--train.steps", "0"], "train.steps must be at least 1"),
         (["--workdir", "x", "--train.reference", "adapters_off"], "there are no adapters: set lora.rank"),
