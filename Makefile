@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python examples/first_look.py
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .

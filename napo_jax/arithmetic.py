@@ -50,6 +50,11 @@ def step_flops(
     return 2.0 * groups * total
 
 
+def attention_flops(config: LlavaConfig, bucket: Bucket, groups: int, cell_image) -> float:
+    """Counts the part of the decoder's attention in one forward pass over all devices, without its projections."""
+    return 2.0 * groups * config.text.layers * _attention(config.text, bucket, cell_image)
+
+
 def _forward(config, bucket, cell_image):
     """Yields the forward pass of one group in its order: lists of products with the same input."""
     text, vision, images = config.text, config.vision, max(cell_image) + 1
@@ -79,7 +84,7 @@ def _forward(config, bucket, cell_image):
     yield dense("projector/down", images * patches, text.width, text.width, bias=True)
 
     yield vector("language/embedding")
-    attention, width = 2 * text.heads * text.head_width * _seen(bucket, cell_image), text.width
+    attention, width = _attention(text, bucket, cell_image), text.width
     for _ in range(text.layers):
         yield vector("language/layers/attention_norm/scale")
         shapes = {
@@ -110,8 +115,12 @@ def _linear(lora, module, shapes, tokens):
         yield [_Product(f"{path}/{name}/lora_b", tokens * lora.rank * outs) for name, (_, outs) in adapted.items()]
 
 
-def _seen(bucket, cell_image):
-    """Counts the pairs of a query and a key that it sees, if the packed places divide evenly among the streams."""
+def _attention(text, bucket, cell_image):
+    """Counts the multiply-adds of one layer's attention: two products over all pairs of a query and a key that it sees.
+
+    The packed places are taken to divide evenly among the streams; causal attention is half of a square.
+    """
     images, cells = max(cell_image) + 1, len(cell_image)
     prefix, answer = (bucket.tokens - bucket.answers) / images, bucket.answers / cells
-    return images * prefix**2 / 2 + cells * answer * (prefix + answer / 2)
+    pairs = images * prefix**2 / 2 + cells * answer * (prefix + answer / 2)
+    return 2 * text.heads * text.head_width * pairs

@@ -23,20 +23,40 @@ from napo_jax.sharding import shard_params
 from napo_jax.weights import load_pretrained
 
 
+class Run(NamedTuple):
+    """A checkpoint of an earlier run."""
+
+    workdir: epath.Path
+    step: int
+
+    def __str__(self):
+        """Names it."""
+        return f"step {self.step} of {self.workdir}"
+
+    @property
+    def config(self) -> dict:
+        """The run's config, as config.json has it."""
+        return json.loads((self.workdir / "config.json").read_text())
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The kind of its adapters."""
+        lora = self.config["lora"]
+        return LoraConfig(**lora | {"targets": tuple(lora["targets"])})
+
+
 class Source(NamedTuple):
     """A model before any of its weights are read."""
 
     folder: epath.Path | None  # of Hugging Face; None for a random model
     seed: int  # of the random model
     size: str  # of the random model
-    runs: tuple[epath.Path, ...]  # workdirs whose trained leaves go over it, the first one first
+    runs: tuple[Run, ...]  # whose trained leaves go over it, the first one first
     path: str | None  # as the config names it
 
     def __str__(self):
         """Says in a few words where it comes from."""
-        base = f"{self.folder}" if self.folder else f"{self.size} and random"
-        steps = [f"step {_checkpoints(run).latest()} of {run}" for run in self.runs]
-        return " with ".join([base, *steps])
+        return " with ".join([f"{self.folder}" if self.folder else f"{self.size} and random", *map(str, self.runs)])
 
     @property
     def shape(self) -> LlavaConfig:
@@ -49,18 +69,33 @@ class Source(NamedTuple):
         return load_tokenizer(str(self.folder)) if self.folder else byte_tokenizer()
 
 
-def find_model(config: ModelConfig, seed: int = 0) -> Source:
-    """Finds out what a config's model is; raises one line if it is none."""
+def is_workdir(path) -> bool:
+    """Tells whether a path is the workdir of a run that has begun to save."""
+    return (epath.Path(path) / "checkpoints").is_dir()
+
+
+def find_model(config: ModelConfig, seed: int = 0, step: int | None = None) -> Source:
+    """Finds out what a config's model is; raises one line if it is none.
+
+    Args:
+      config: the `ModelConfig`.
+      seed: of the random model, if it is one.
+      step: of the run, if it is one; None for the last that is saved.
+    """
     runs, path = [], config.path
     size = config.size
-    while path is not None and (epath.Path(path) / "checkpoints").is_dir():
-        run = epath.Path(path)
-        if run in runs:
-            raise ValueError(f"{run} says that it began with itself: its config.json was changed")
-        if _checkpoints(run).latest() is None:
-            raise ValueError(f"the run in {run} has no checkpoint yet, so it has no model")
-        runs.append(run)
-        before = _config_of(run)
+    while path is not None and is_workdir(path):
+        workdir = epath.Path(path)
+        if any(workdir == run.workdir for run in runs):
+            raise ValueError(f"{workdir} says that it began with itself: its config.json was changed")
+        saved = _checkpoints(workdir)
+        latest = saved.latest()
+        if latest is None:
+            raise ValueError(f"the run in {workdir} has no checkpoint yet, so it has no model")
+        if step is not None and step not in saved.steps():
+            raise ValueError(f"the run in {workdir} has no checkpoint of step {step}; it has {saved.steps()}")
+        runs.append(Run(workdir, latest if step is None else step))
+        before, step = runs[-1].config, None
         path, seed, size = before["model"]["path"], before["train"]["seed"], before["model"]["size"]
     source = Source(
         None if path is None else epath.Path(path), seed, size or "tiny", tuple(reversed(runs)), config.path
@@ -85,49 +120,45 @@ def random_shape(size) -> LlavaConfig:
     return {"7b": LlavaConfig.llava7b, "13b": LlavaConfig.llava13b}[size]()
 
 
-def load_leaves(source: Source, model: Llava, mesh):
+def load_leaves(source: Source, model: Llava, mesh, dtypes=None):
     """Loads a model's parameters, each leaf to its place on the mesh, without adapters.
 
     Args:
       source: what `find_model` found.
       model: the `Llava` to load them for.
       mesh: made by `sharding.make_mesh`.
+      dtypes: {path: dtype} of leaves that are not to have the model's `param_dtype`.
 
     Returns:
-      {path: leaf} of the model's `param_dtype`.
+      {path: leaf}.
     """
-    model = model.without_adapters
+    model, dtypes = model.without_adapters, dtypes or {}
     place = lambda shapes: unflatten(shard_params(flatten(shapes), mesh)[0])
     if source.folder is None:
+        cast = lambda path, leaf: leaf.astype(dtypes.get(path, leaf.dtype))
+        draw = lambda key: {path: cast(path, leaf) for path, leaf in flatten(model.init(key)).items()}
         key = jax.random.key(source.seed)
-        shardings = place(jax.eval_shape(model.init, key))
-        leaves = flatten(jax.jit(model.init, out_shardings=shardings)(key))
+        leaves = jax.jit(draw, out_shardings=shard_params(jax.eval_shape(draw, key), mesh)[0])(key)
     else:
         computes = {field: getattr(model.config, field) for field in ("dtype", "param_dtype", "attention", "remat")}
-        leaves = flatten(load_pretrained(source.folder, shardings=place, **computes)[1])
+        leaves = flatten(load_pretrained(source.folder, shardings=place, dtypes=dtypes, **computes)[1])
     for run in source.runs:
-        leaves = _over(leaves, run, mesh)
+        for path, leaf in load_trained(run, mesh):
+            leaves[path] = leaf.astype(leaves[path].dtype) if path in leaves else leaf
+        merge_adapters(leaves, run.lora)
     return leaves
 
 
-def _over(leaves, run, mesh):
-    """Returns a model's leaves with those that a run has trained in their place."""
-    checkpoints = _checkpoints(run)
-    step = checkpoints.latest()
-    saved = checkpoints.shapes(step, "params")
+def load_trained(run: Run, mesh):
+    """Yields (path, leaf) of what a run has trained, each to its place on the mesh; one by one, as they may be wide."""
+    checkpoints = _checkpoints(run.workdir)
+    saved = checkpoints.shapes(run.step, "params")
     shardings, _ = shard_params(saved, mesh)
-    like = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in saved.items()}
-    trained = checkpoints.restore(step, {"params": like}, partial=True)[0]["params"]
-    lora = LoraConfig(**{k: tuple(v) if k == "targets" else v for k, v in _config_of(run)["lora"].items()})
-    cast = lambda path, leaf: leaf.astype(leaves[path].dtype) if path in leaves else leaf
-    # On the mesh: what is added to a matrix lies where the matrix does.
-    with jax.set_mesh(mesh):
-        return merge_adapters(leaves | {path: cast(path, leaf) for path, leaf in trained.items()}, lora)
+    for path, leaf in saved.items():
+        like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        restored, _ = checkpoints.restore(run.step, {"params": {path: like}}, partial=True)
+        yield path, restored["params"][path]
 
 
-def _config_of(run):
-    return json.loads((run / "config.json").read_text())
-
-
-def _checkpoints(run):
-    return Checkpoints(run / "checkpoints")
+def _checkpoints(workdir):
+    return Checkpoints(workdir / "checkpoints")

@@ -73,7 +73,7 @@ def split_trained(leaves, config: OptimizerConfig):
         raise ValueError(f"optimizer.trainable {rule!r} matches no leaf, such as {next(iter(leaves))}")
     for path in adapters:
         if path not in trained:
-            raise ValueError(f"optimizer.trainable {rule!r} leaves out the adapter {path}: it would stay at 0")
+            raise ValueError(f"optimizer.trainable {rule!r} leaves out {path}: both factors of an adapter train")
         if (matrix := path.rpartition("/")[0] + "/kernel") in trained:
             raise ValueError(f"optimizer.trainable {rule!r} trains {matrix} beside its adapter: train one of them")
     return trained, {path: leaf for path, leaf in leaves.items() if path not in trained}

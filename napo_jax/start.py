@@ -50,14 +50,14 @@ def load_parts(config: Config, source, model: Llava, mesh) -> Parts:
       mesh: made by `sharding.make_mesh`.
     """
     shapes = abstract_parts(config, model, mesh)
-    leaves = load_leaves(source, model, mesh)
+    # What is frozen is never there in a wider type: that could be all of the model.
+    dtypes = {path: leaf.dtype for path, leaf in (shapes.trained | shapes.frozen).items()}
+    leaves = load_leaves(source, model, mesh, dtypes)
     if model.config.lora.rank:
         place = {path: leaf.sharding for path, leaf in shapes.trained.items() if path not in leaves}
         draw = lambda key: {path: leaf for path, leaf in flatten(model.init(key)).items() if path in place}
         leaves |= jax.jit(draw, out_shardings=place)(jax.random.key(config.train.seed))
     trained, frozen = split_trained(leaves, config.optimizer)
-    dtype = model.config.dtype
-    frozen = jax.jit(lambda leaves: {path: leaf.astype(dtype) for path, leaf in leaves.items()})(frozen)
     return Parts(trained, frozen, shapes.whole)
 
 

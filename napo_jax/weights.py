@@ -1,5 +1,6 @@
 """Hugging Face checkpoints to parameters and back: one key table for both ways, strict in both."""
 
+import contextlib
 import dataclasses
 import re
 
@@ -11,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from napo_jax import hub_files, tensor_files
 from napo_jax.models.llava import Llava
+from napo_jax.models.lora import LoraConfig, merge_adapters
+from napo_jax.optim import flatten, unflatten
 
 # Path in the parameter tree (a regex) -> name in a file. The first word of a name is a part, which `_LAYOUTS` places;
 # `*` is the layer; `kernel` and `scale` at the end are `weight` to torch.
@@ -67,7 +70,7 @@ _IGNORED = re.compile(r".*\.inv_freq|(.*\.)?position_ids")  # constants that old
 _NOT_THE_TOWER = re.compile(r"text_model\..*|(text|visual)_projection\..*|logit_scale")  # the rest of a whole CLIP
 
 
-def load_pretrained(path, dtype=jnp.bfloat16, mesh=None, *, shardings=None, vision_tower=None, **options):
+def load_pretrained(path, dtype=jnp.bfloat16, mesh=None, *, shardings=None, dtypes=None, vision_tower=None, **options):
     """Loads a LLaVA-1.5 checkpoint in any of the three layouts: llava-hf, a transformers state dict, or the original.
 
     Each leaf goes from the file to its devices before the next is read, and a process holds no more of it than its
@@ -79,12 +82,15 @@ def load_pretrained(path, dtype=jnp.bfloat16, mesh=None, *, shardings=None, visi
       mesh: where every leaf is replicated. None is the default device, uncommitted as if just computed.
       shardings: instead of that, a tree of shardings like the parameters, or a function that makes it of their
         shapes: `lambda shapes: jax.tree.map(..., shapes)`.
+      dtypes: {path: dtype} of leaves that are not to have `param_dtype`, such as `language/head`.
       vision_tower: a folder with the CLIP checkpoint that holds the tower, for the original layout, which has none.
       **options: fields of `LlavaConfig` that say how to compute, such as `attention`, `remat` and `logits_chunk`.
 
     Returns:
       The `Llava`, and its parameters as `Llava.init` would return them.
     """
+    if options.get("lora", LoraConfig()).rank:
+        raise ValueError("a checkpoint holds no LoRA adapters: load it without `lora`, and draw them beside it")
     folder, tower = epath.Path(path), None if vision_tower is None else epath.Path(vision_tower)
     tensors = _read_headers(folder)
     config, rows = hub_files.read_config(folder, tower, **{"dtype": dtype, "param_dtype": dtype} | options)
@@ -92,7 +98,11 @@ def load_pretrained(path, dtype=jnp.bfloat16, mesh=None, *, shardings=None, visi
     if tower is not None:
         tensors |= _read_tower(folder, tower, tensors, layout)
     shapes = _shapes(config)
-    leaves = _leaves(shapes, config, layout, rows)
+    dtypes = dtypes or {}
+    leaves = [
+        dataclasses.replace(leaf, dtype=np.dtype(dtypes.get(leaf.path, leaf.dtype)))
+        for leaf in _leaves(shapes, config, layout, rows)
+    ]
     _check(folder, leaves, tensors)
 
     if shardings is None:
@@ -114,7 +124,7 @@ def export_pretrained(model, params, path, layout="llava-hf", *, tokenizer=None,
 
     Args:
       model: the `Llava`.
-      params: its parameters, each saved in the dtype it has.
+      params: its parameters, each saved in the dtype it has; LoRA adapters are added to their matrices.
       path: the folder to make; one that holds something is refused.
       layout: "llava-hf" or "llava".
       tokenizer: a folder, or a tokenizer of `transformers`, whose files are to go along.
@@ -122,23 +132,44 @@ def export_pretrained(model, params, path, layout="llava-hf", *, tokenizer=None,
     """
     if layout not in EXPORT_LAYOUTS:
         raise ValueError(f"layout must be one of {EXPORT_LAYOUTS}, got {layout!r}")
-    folder = epath.Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists; expected a path where a new folder can be made")
+    check_new(path)
+    arrays = _match(_shapes(model.config), params)
+    if model.config.lora.rank:
+        params = flatten(jax.tree.map(jnp.asarray, params))
+        merge_adapters(params, model.config.lora)
+        model, arrays = model.without_adapters, jax.tree.leaves(unflatten(params))
     config, shapes = model.config, _shapes(model.config)
-    arrays = _match(shapes, params)
     vocab_size = config.text.vocab_size
     rows = hub_files.padded_rows(vocab_size) if layout == "llava-hf" else vocab_size
     leaves = [
         dataclasses.replace(leaf, dtype=array.dtype)
         for leaf, array in zip(_leaves(shapes, config, layout, rows), arrays, strict=True)
     ]
+    dtype = next(leaf.dtype for leaf in leaves if leaf.path == "language/embedding")
+    with new_folder(path) as folder:
+        hub_files.write_files(folder, config, layout, dtype, tokenizer)
+        _write_weights(folder, leaves, arrays, max_shard_bytes)
+
+
+def check_new(path):
+    """Raises one line if there is a file at a path, or a folder that holds something."""
+    folder = epath.Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists; expected a path where a new folder can be made")
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Gives an empty folder to fill, which appears at its path when that is done."""
+    check_new(path)
+    folder = epath.Path(path)
     partial = folder.parent / f"{folder.name}.partial"
     if partial.exists():
         partial.rmtree()  # of an export that was killed
     partial.mkdir(parents=True)
-    hub_files.write_files(partial, config, layout, params["language"]["embedding"].dtype, tokenizer)
-    _write_weights(partial, leaves, arrays, max_shard_bytes)
+    yield partial
+    if folder.exists():
+        folder.rmdir()
     partial.rename(folder)
 
 
@@ -175,7 +206,7 @@ def _leaves(shapes, config, layout, rows):
         stacked = "/layers/" in path
         # Flax stacks all layers of the tower but its last, which stands alone.
         layers = range(leaf.shape[0]) if stacked else [config.vision.layers - 1]
-        names = tuple(_name(path, layer, layout) for layer in layers)
+        names = tuple(tensor_name(path, layer, layout) for layer in layers)
         shape = leaf.shape[1:] if stacked else leaf.shape
         shape = list(_to_torch(path, np.broadcast_to(np.float32(0), shape), config.vision.patch_size).shape)
         if path in ("language/embedding", "language/head"):
@@ -184,7 +215,7 @@ def _leaves(shapes, config, layout, rows):
     return leaves
 
 
-def _name(path, layer, layout):
+def tensor_name(path, layer, layout):
     """Returns the name of one layer of a leaf in a layout."""
     pattern, template = next(row for row in _KEYS if re.fullmatch(row[0], path))
     part, _, rest = re.fullmatch(pattern, path).expand(template).replace("*", str(layer)).partition(".")
@@ -225,7 +256,7 @@ def _read_headers(folder):
 
 
 def _find_layout(folder, tensors):
-    witness = {_name("language/embedding", 0, layout): layout for layout in _LAYOUTS}
+    witness = {tensor_name("language/embedding", 0, layout): layout for layout in _LAYOUTS}
     found = [layout for name, layout in witness.items() if name in tensors]
     if len(found) != 1:
         raise ValueError(

@@ -9,14 +9,14 @@ from flax import linen as nn
 
 from napo_jax.models.attention import attend
 from napo_jax.models.layout import Layout, rope_tables, rotate
-from napo_jax.models.lora import Linear, LoraConfig
+from napo_jax.models.lora import PRODUCT, Linear, LoraConfig
 from napo_jax.models.packing import TokenOrder
 from napo_jax.sharding import gather_whole, keep_rows
 
 # What the backward pass finds stored of each layer; the rest is computed again.
 REMAT_POLICIES = {
     "none": None,  # everything is stored
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matrix products with weights
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # results of matrix products with weights
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
 }
 

@@ -1,0 +1,256 @@
+"""Plans: programs whose costs are known, steps that fit and do not, and what the command says."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from jax.sharding import PartitionSpec
+from PIL import Image
+
+from napo_jax import costs, plan
+from napo_jax.chips import find_topology
+from napo_jax.compiled import compile_step
+from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig, exit_with_one_line
+from napo_jax.data.buckets import Bucket
+from napo_jax.data.byte_tokenizer import byte_tokenizer
+from napo_jax.hlo import Program
+from napo_jax.model_source import random_shape
+from napo_jax.optim import OptimizerConfig
+from napo_jax.plan_report import Plan, State, advice
+from napo_jax.sharding import MeshConfig, make_mesh
+from napo_jax.start import abstract_parts, make_model
+
+ROOT = Path(__file__).parents[1]
+KEYS = {"topology", "devices", "hbm_bytes", "peak_bytes", "state_bytes", "fits", "flops_per_step", "compile_seconds"}
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=os.environ.copy())
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def tpu_runs():
+    status, out, err = run("tests/plan_runs.py")
+    assert status == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    """Two loops in one another, 3 and 5 times round; a ring of 4 sends B (n - 1) / n of what it gathers."""
+    mesh = jax.make_mesh((2, 4), ("outer", "ring"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    n = 4
+
+    def local(x):
+        def inner(x, _):
+            whole = jax.lax.all_gather(x, "ring", tiled=True)  # [32, 16]
+            return x + jax.lax.psum_scatter(jnp.sin(whole), "ring", scatter_dimension=0, tiled=True), None
+
+        def outer(x, _):
+            x, _ = jax.lax.scan(inner, x, length=5)
+            x = jax.lax.ppermute(x, "ring", [(i, (i + 1) % n) for i in range(n)])
+            return jax.lax.psum(x, ("outer", "ring")) @ jnp.ones((16, 16)) + x, None
+
+        return jax.lax.all_to_all(jax.lax.scan(outer, x, length=3)[0], "ring", 0, 0, tiled=True)
+
+    spec = PartitionSpec(("outer", "ring"))
+    step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    program = compile_step(step.lower(floats(64, 16))).program
+    mine = 8 * 16 * 4  # bytes of a device's rows
+    assert costs.collectives(program) == {
+        "all-gather": (15, 15 * mine * (n - 1)),
+        "reduce-scatter": (15, 15 * mine * (n - 1)),
+        "all-reduce": (3, 3 * 2 * mine * 7 / 8),
+        "collective-permute": (3, 3 * mine),
+        "all-to-all": (1, mine * 3 / 4),
+    }
+    assert costs.matrix_flops(program) == 3 * 2 * 8 * 16 * 16
+    assert not program.unknown_loops
+
+
+def test_a_loop_that_does_not_say_how_often_it_runs_is_named():
+    def until(x):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e6, lambda x: x @ x, x)
+
+    compiled = jax.jit(until).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile()
+    program = Program(compiled.as_text())
+    assert len(program.unknown_loops) == 1
+    assert costs.matrix_flops(program) == 2 * 8**3
+
+
+@pytest.mark.parametrize(
+    ("window", "labels", "sizes", "expected"),
+    [
+        # Four products of [6, 5] by [5, 7], as a TPU writes them: the axis of the batch is a window.
+        ("{size=4 stride=3 lhs_dilate=4}", "0bf_0oi->0bf", [(4, 6, 5), (4, 7, 5), (4, 6, 7)], 2 * 4 * 6 * 5 * 7),
+        ("{size=3 pad=1_1}", "b0f_0io->b0f", [(2, 8, 5), (3, 5, 7), (2, 8, 7)], 2 * 2 * 5 * 7 * (3 * 8 - 2)),
+    ],
+)
+def test_products_that_are_written_as_convolutions(window, labels, sizes, expected):
+    left, right, out = (f"f32[{','.join(map(str, shape))}]" for shape in sizes)
+    text = f"""HloModule jit_step, num_partitions=2
+
+ENTRY %main (a: {left}, b: {right}) -> {out} {{
+  %a = {left}{{2,1,0:T(8,128)}} parameter(0)
+  %b = {right}{{2,1,0:T(8,128)}} parameter(1)
+  ROOT %c = {out}{{2,1,0:T(8,128)S(1)}} convolution(%a, %b), window={window}, dim_labels={labels}
+}}
+"""
+    program = Program(text)
+    assert costs.matrix_flops(program) == expected
+    read = sum(4 * jnp.zeros(shape).size for shape in sizes[:2])
+    assert costs.hbm_bytes(program) == read  # the result stays on the chip
+
+
+def test_the_same_is_counted_of_a_tpu(tpu_runs):
+    known = tpu_runs[0]
+    assert known["collectives"] == {"all-gather": [5, 5 * 512 * 512 * 2 * 3 / 4]}
+    assert known["flops"] == 5 * 2 * (1024 / 4) * 512 * 512
+
+
+def test_a_step_that_fits(tpu_runs):
+    found = tpu_runs[1]
+    assert set(found) >= KEYS
+    assert (found["topology"], found["devices"], found["estimate"]) == ("v5e:2x2", 4, False)
+    assert found["fits"]
+    assert found["hbm_bytes"] == 15.75 * 2**30
+    assert not found["advice"]
+    # Of 134,976 parameters a quarter, and two moments: three numbers of 4 bytes; norms and biases are whole.
+    assert 3 * 134_976 < found["state"]["parameters"] + found["state"]["optimizer"] < 1.02 * 3 * 134_976
+    assert found["state_bytes"] < found["peak_bytes"] < found["hbm_bytes"]
+    # All is computed once, and plain attention computes the other half of its squares.
+    assert 1 < found["flops_done_per_device"] * 4 / found["flops_per_step"] < 1.2
+    assert found["notes"][0].startswith("lengths are assumed: 24 tokens of a prefix")
+
+
+def test_a_step_that_the_compiler_refuses_is_a_verdict(tpu_runs):
+    stores, recomputes = tpu_runs[2:]
+    assert not stores["fits"]
+    assert not recomputes["fits"]
+    assert stores["peak_bytes"] > 1.2 * recomputes["peak_bytes"] > stores["hbm_bytes"]
+    assert any("--model.remat full" in line for line in stores["advice"])
+    assert not any("--model.remat full" in line for line in recomputes["advice"])
+    # What is stored of two layers is the largest, and says what it is.
+    assert stores["largest_buffers"][0]["shape"].startswith("f32[2,262144,")
+    assert "language" in stores["largest_buffers"][0]["what"]
+
+
+def test_for_gpus_it_is_an_estimate():
+    command = ["-m", "napo_jax.plan", "--config", "configs/debug.py", "--topology", "h100:2"]
+    status, out, err = run(*command, "--prefix-tokens", "24", "--answer-tokens", "8", "--data.attention-multiple", "8")
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("ESTIMATE")
+    assert lines[2].startswith("h100:2: fits, ")
+    assert "on each of 2 devices" in lines[2]
+    assert any("attention is planned as xla, and not as auto" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "say what to plan for: --topology v5e:4x4"),
+        (("--topology", "v5e:3x5"), "no topology v5e:3x5: of v5e there are 1x1, 2x2"),
+        (("--topology", "v5e:32x32"), "no topology v5e:32x32: of v5e there are"),
+        (("--topology", "v9:2x2"), "no topology v9:2x2: write a kind of chip (v5e, v6e"),
+        (("--topology", "v5p:4x4"), "the shape of v5p is written as in v5p:4x4x4"),
+        (("--topology", "h100:0"), "the shape of h100 is written as in h100:8"),
+    ],
+)
+def test_no_such_topology_is_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        exit_with_one_line(lambda: plan.main(["--config", str(ROOT / "configs/debug.py"), *argv]))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--mesh.data", "3"), "takes 6 devices, and there are 8"),
+        (("--data.batch-size", "12"), "data.batch_size 12 does not divide into 1 micro-batches on 8 devices"),
+        (("--prefix-tokens", "16"), "--prefix-tokens must be more than the 16 of an image"),
+        (("--model.path", "/nowhere"), "/nowhere is not here; to plan without it, say how large it is"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(argv, message, monkeypatch):
+    monkeypatch.setattr(plan, "planned_devices", lambda topology: jax.devices())
+    with pytest.raises(ValueError, match=message):
+        plan.main(["--config", str(ROOT / "configs/debug.py"), "--topology", "h100:8", *argv])
+
+
+def test_lengths_are_those_of_the_data_where_they_are_here(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    answers = ("chosen", "rejected", "question_only", "image_only")
+    rows = [
+        {"image": {"bytes": picture.getvalue()}, "question": "what?", **dict.fromkeys(answers, "a" * length)}
+        for length in (3, 301)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    data = DataConfig(path=(str(tmp_path / "*.parquet"),), cache=str(tmp_path / "cache"), attention_multiple=8)
+    config, shape, notes = Config(data=data), random_shape("tiny"), []
+    bucket = plan._bucket(config, shape, byte_tokenizer(), 64, 32, notes)
+    assert not notes
+    assert 301 < bucket.answer <= 304  # a token a byte, and what stands around them
+    assert 4 * 301 < bucket.answers <= 4 * 304
+    for missing, tokenizer in (("gone.parquet", byte_tokenizer()), ("rows.parquet", None)):
+        away = dataclasses.replace(config, data=dataclasses.replace(data, path=(str(tmp_path / missing),)))
+        assert plan._bucket(away, shape, tokenizer, 64, 32, notes) == Bucket(192, 64, 32, 128)
+    assert len(notes) == 2
+
+
+def test_what_is_advised_is_what_it_saves():
+    """Two copies of the model, float32 moments, two groups at a time, and a device of 1 GiB."""
+    config = Config(
+        model=ModelConfig(size="tiny", remat="dots"),
+        optimizer=OptimizerConfig(moment_dtype="float32"),
+        train=TrainConfig(reference="live"),
+    )
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    model = make_model(config, random_shape("tiny"))
+    trained = abstract_parts(config, model, mesh).trained
+    topology = find_topology("h100:8")
+    topology = dataclasses.replace(topology, chip=topology.chip._replace(hbm_bytes=2**30))
+    found = Plan(
+        topology=topology,
+        mesh=dict(mesh.shape),
+        bucket=Bucket(64, 24, 8, 32),
+        groups=16,
+        accumulate=1,
+        notes=(),
+        state=State(2**29, 2**30, 0, 2**28),
+        peak_bytes=2**31,
+        buffers=(),
+        flops_per_step=8.0,
+        flops_done=1.0,
+        hbm_traffic=1.0,
+        collectives={},
+        compile_seconds=1.0,
+    )
+    assert not found.fits
+    assert found.bound == "memory"
+    lines = list(advice(config, model, trained, found))
+    own = sum(leaf.size for leaf in trained.values()) / 4
+    assert lines[0] == "1.00 GiB too much:"
+    assert lines[1] == "--mesh.data 1 --mesh.fsdp 8: cut the state among all devices, saves 0.88 GiB"
+    assert lines[2].startswith("--train.accumulate 2: one group at a time on a device, saves at least 0.0 MiB, takes ")
+    assert lines[3].startswith("--model.remat full")
+    assert lines[4] == "--train.reference cache: saves 0.25 GiB"
+    assert lines[5].startswith("--optimizer.moment-dtype bfloat16: saves ")
+    assert float(lines[5].split()[3]) == pytest.approx(2 * own / 2**20, abs=0.06)
+    assert lines[6].startswith("--optimizer.param-dtype bfloat16: saves ")
+    # Room for 0.75 GiB of state beside 0.25 of all else, and 1.75 GiB on each of four.
+    assert lines[7] == "a larger topology: about 20 devices"
