@@ -14,6 +14,7 @@ from napo_jax.models.clip import ClipLayer, ClipTower
 from napo_jax.models.layout import Layout, rope_tables, rotate
 from napo_jax.models.llama import Attention, DecoderLayer, Mlp, RmsNorm
 from napo_jax.models.llava import _Projector
+from napo_jax.models.mixing import WholeGroups
 
 logits = quick_jit(Llava.logits, static_argnums=0)
 
@@ -30,12 +31,12 @@ def noise(*shape, seed=0):
 
 
 def decoder_inputs(config, positions):
-    """Returns our tables and layout, and torch's cos, sin and causal mask, for one sequence."""
+    """Returns our tables and mix, and torch's causal mask, for one sequence."""
     tokens = len(positions)
     tables = rope_tables(jnp.asarray(positions)[None], config.head_width, config.rope_theta)
     lengths = jnp.full((1, 1), tokens, jnp.int32), jnp.zeros((1, 0), jnp.int32)
     mask = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)[None, None]
-    return (tables, Layout(tokens), *lengths), mask
+    return (tables, WholeGroups(*lengths, None, Layout(tokens), "xla")), mask
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["mha", "gqa"])
@@ -62,7 +63,7 @@ def test_attention_with_rope(pair):
     inputs, mask = decoder_inputs(config, positions)
     embedded = model.rotary_emb(torch.zeros(1), torch.from_numpy(positions)[None])
     want, _ = layer.self_attn(torch.from_numpy(x), position_embeddings=embedded, attention_mask=mask)
-    got = Attention(config).apply({"params": llama_layer_params(layer)["attention"]}, x, *inputs)
+    got, _ = Attention(config).apply({"params": llama_layer_params(layer)["attention"]}, x, *inputs)
     close(got, want, 1e-5)
 
 

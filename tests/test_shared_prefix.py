@@ -174,7 +174,12 @@ def test_who_sees_whom_by_gradients():
     from napo_jax.models.llama import Llama
 
     decoder = Llama(CONFIG.text, remat="none")
-    run = lambda x: decoder.apply({"params": PARAMS["language"]}, x, layout, *lengths)[0].sum(axis=-1)
+    from napo_jax.models.mixing import WholeGroups
+
+    mix = WholeGroups(*lengths, None, layout, "xla")
+    run = lambda x: decoder.apply({"params": PARAMS["language"]}, x, layout.positions(lengths[0]), mix)[0][0].sum(
+        axis=-1
+    )
     reach = np.any(np.asarray(quick_jit(jax.jacrev(run))(embeddings))[:, 0] != 0, axis=-1)  # [S, S]: row sees column
 
     streams = [*[("image 0", i) for i in range(5)], *[("image 1", i) for i in range(5)]]

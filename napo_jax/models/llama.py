@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from napo_jax.models.attention import attend
-from napo_jax.models.layout import Layout, rope_tables, rotate
+from napo_jax.models.layout import rope_tables, rotate
 from napo_jax.models.lora import PRODUCT, Linear, LoraConfig
-from napo_jax.models.packing import TokenOrder
 from napo_jax.sharding import gather_whole, keep_rows
 
 # What the backward pass finds stored of each layer; the rest is computed again.
@@ -63,17 +61,16 @@ class RmsNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Rotary self-attention of all streams."""
+    """Rotary self-attention; who sees whom is for `mix` to say, see `napo_jax.models.mixing`."""
 
     config: LlamaConfig
     lora: LoraConfig = LoraConfig()
-    backend: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, tables, layout, prefix_lengths, answer_lengths, order=None):
-        """Maps float[B, S, D] to the same, or float[B, U, D] with an order."""
+    def __call__(self, x, tables, mix, kept=None):
+        """Maps float[B, S, D] to the same, and returns what `mix` makes of what was kept."""
         config = self.config
 
         def project(heads, name):
@@ -83,12 +80,9 @@ class Attention(nn.Module):
 
         q, k = rotate(project(config.heads, "query"), tables), rotate(project(config.kv_heads, "key"), tables)
         v = project(config.kv_heads, "value")
-        if order is not None:
-            q, k, v = order.unpack(q), order.unpack(k), order.unpack(v)
-        out = attend(q, k, v, layout, prefix_lengths, answer_lengths, self.backend)
-        if order is not None:
-            out = order.pack(out)
-        return Linear(config.width, self.lora, self.dtype, self.param_dtype, name="out")(out.reshape(x.shape))
+        out, kept = mix(q, k, v, kept)
+        dense = Linear(config.width, self.lora, self.dtype, self.param_dtype, name="out")
+        return dense(out.reshape(x.shape)), kept
 
 
 class Mlp(nn.Module):
@@ -112,19 +106,18 @@ class DecoderLayer(nn.Module):
 
     config: LlamaConfig
     lora: LoraConfig = LoraConfig()
-    backend: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, tables, layout, prefix_lengths, answer_lengths, order=None):
-        """Maps float[B, S, D], or float[B, U, D] with an order, to (the same, None), as scan wants it."""
+    def __call__(self, x, tables, mix, kept=None):
+        """Maps float[B, S, D] to the same, and what was kept to what is kept then."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h = RmsNorm(self.config.norm_eps, **types, name="attention_norm")(x)
-        attention = Attention(self.config, self.lora, self.backend, **types, name="attention")
-        x = x + attention(h, tables, layout, prefix_lengths, answer_lengths, order)
+        h, kept = Attention(self.config, self.lora, **types, name="attention")(h, tables, mix, kept)
+        x = x + h
         h = RmsNorm(self.config.norm_eps, **types, name="mlp_norm")(x)
-        return keep_rows(x + Mlp(self.config, self.lora, **types, name="mlp")(h)), None
+        return keep_rows(x + Mlp(self.config, self.lora, **types, name="mlp")(h)), kept
 
 
 class Llama(nn.Module):
@@ -132,7 +125,6 @@ class Llama(nn.Module):
 
     config: LlamaConfig
     lora: LoraConfig = LoraConfig()
-    backend: str = "auto"
     remat: str = "full"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -151,26 +143,31 @@ class Llama(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast,) * 5,
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=config.layers,
-        )(config, self.lora, self.backend, **types)
+        )(config, self.lora, **types)
         self.norm = RmsNorm(config.norm_eps, **types)
 
     def embed(self, ids):
         """Looks up int32[...] as float[..., D]."""
         return keep_rows(gather_whole(self.embedding.astype(self.dtype))[ids])
 
-    def __call__(self, embeddings, layout: Layout, prefix_lengths, answer_lengths, order: TokenOrder | None = None):
-        """Maps embeddings float[B, S, D], or float[B, U, D] in an order, to hidden states of the same shape."""
-        # In an order the lengths themselves are held against it, and not the places that attention has for them.
-        if order is None and layout.prefix_tokens + layout.answer_tokens > self.config.max_positions:
-            raise ValueError(
-                f"{layout.prefix_tokens} prefix and {layout.answer_tokens} answer tokens exceed the model's "
-                f"{self.config.max_positions} positions"
-            )
-        positions = layout.positions(prefix_lengths)
-        if order is not None:
-            positions = order.pack(positions)
+    def __call__(self, embeddings, positions, mix, kept=None):
+        """Runs all layers and the norm.
+
+        Args:
+          embeddings: float[B, S, D].
+          positions: int32[B, S].
+          mix: how tokens see each other; see `napo_jax.models.mixing`.
+          kept: what `mix` reads, layers in front; or None.
+
+        Returns:
+          hidden states float[B, S, D], and what `mix` keeps, layers in front.
+        """
         tables = rope_tables(positions, self.config.head_width, self.config.rope_theta)
-        x, _ = self.layers(keep_rows(embeddings), tables, layout, prefix_lengths, answer_lengths, order)
-        return keep_rows(self.norm(x))
+        x, kept = self.layers(keep_rows(embeddings), tables, mix, kept)
+        return keep_rows(self.norm(x)), kept
+
+    def logits(self, hidden):
+        """Maps float[..., D] to float32[..., V]."""
+        return jnp.matmul(hidden, self.head.astype(self.dtype), preferred_element_type=jnp.float32)

@@ -14,6 +14,7 @@ from napo_jax.models.clip import ClipConfig, ClipTower
 from napo_jax.models.layout import Layout
 from napo_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
 from napo_jax.models.lora import LoraConfig, is_adapter
+from napo_jax.models.mixing import Prompts, WholeGroups
 from napo_jax.sharding import keep_rows
 
 # Stands in token ids for one image token each; a picture takes `ClipConfig.image_tokens` of them.
@@ -100,21 +101,17 @@ class _Network(nn.Module):
         config, types = self.config, {"dtype": self.config.dtype, "param_dtype": self.config.param_dtype}
         self.vision = ClipTower(config.vision, **types)
         self.projector = _Projector(config.text.width, **types)
-        self.language = Llama(config.text, config.lora, config.attention, config.remat, **types)
+        self.language = Llama(config.text, config.lora, config.remat, **types)
 
     def __call__(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, cell_image):
         """Returns hidden states float[B, M, P, D] and float[B, C, T, D]."""
         layout = Layout(prefix_ids.shape[2], answer_ids.shape[2], prefix_ids.shape[1], cell_image)
-        slots = prefix_ids == IMAGE_SLOT
-        features, whole = self._features(images, slots, prefix_lengths)
-        words = self.language.embed(jnp.where(slots, 0, prefix_ids))
-        which = jnp.clip(jnp.cumsum(slots, axis=-1) - 1, 0, features.shape[2] - 1)  # image token that fills a slot
-        pictures = jnp.take_along_axis(features, which[..., None], axis=2)
-        pictures = jnp.where(whole[..., None, None], pictures, jnp.nan)
-        prefix = jnp.where(slots[..., None], pictures, words)
+        self._check_positions(layout.prefix_tokens + layout.answer_tokens)
+        prefix = self._embed_prefixes(images, prefix_ids, prefix_lengths)
         embeddings = layout.join(prefix, self.language.embed(answer_ids))
+        mix = WholeGroups(prefix_lengths, answer_lengths, None, layout, self.config.attention)
         with jax.named_scope("language"):
-            return layout.split(self.language(embeddings, layout, prefix_lengths, answer_lengths))
+            return layout.split(self.language(embeddings, layout.positions(prefix_lengths), mix)[0])
 
     def packed(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, order):
         """Returns hidden states float[B, U, D] in an order."""
@@ -123,8 +120,41 @@ class _Network(nn.Module):
         features = jnp.where(whole[..., None, None], features, jnp.nan)
         ids = order.pack(order.layout.join(jnp.where(slots, 0, prefix_ids), answer_ids))
         embeddings = order.fill_slots(self.language.embed(ids), features, slots)
+        # Lengths are held against the order, and not the places that attention has for them.
+        positions = order.pack(order.layout.positions(prefix_lengths))
+        mix = WholeGroups(prefix_lengths, answer_lengths, order, order.layout, self.config.attention)
         with jax.named_scope("language"):
-            return self.language(embeddings, order.layout, prefix_lengths, answer_lengths, order)
+            return self.language(embeddings, positions, mix)[0]
+
+    def prompts(self, images, ids, lengths):
+        """Returns the logits behind each prompt, float32[B, V], and its keys and values, float[L, B, P, G, K]."""
+        self._check_positions(ids.shape[1])
+        embeddings = self._embed_prefixes(images[:, None], ids[:, None], lengths[:, None])[:, 0]
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        with jax.named_scope("language"):
+            hidden, kept = self.language(embeddings, positions, Prompts(lengths, self.config.attention))
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return self.language.logits(last), kept
+
+    def next_token(self, ids, mix, kept):
+        """Returns the logits behind a token of each beam, float32[S, N, V], and its keys and values."""
+        positions = jnp.broadcast_to((mix.prompt_lengths + mix.said)[:, None], ids.shape)
+        hidden, kept = self.language(self.language.embed(ids), positions, mix, kept)
+        return self.language.logits(hidden), kept
+
+    def _check_positions(self, tokens):
+        if tokens > self.config.text.max_positions:
+            raise ValueError(f"{tokens} tokens exceed the model's {self.config.text.max_positions} positions")
+
+    def _embed_prefixes(self, images, ids, lengths):
+        """Returns the embeddings of prefixes, float[B, M, P, D], image tokens in their slots."""
+        slots = ids == IMAGE_SLOT
+        features, whole = self._features(images, slots, lengths)
+        words = self.language.embed(jnp.where(slots, 0, ids))
+        which = jnp.clip(jnp.cumsum(slots, axis=-1) - 1, 0, features.shape[2] - 1)  # image token that fills a slot
+        pictures = jnp.take_along_axis(features, which[..., None], axis=2)
+        pictures = jnp.where(whole[..., None, None], pictures, jnp.nan)
+        return jnp.where(slots[..., None], pictures, words)
 
     def _features(self, images, slots, prefix_lengths):
         """Returns the image tokens of each prefix, float[B, M, N, D], and whether they have their slots, bool[B, M]."""
@@ -204,6 +234,35 @@ class Llava:
         with jax.named_scope("logps"):
             values = log_probs.token_logps(hidden, head, targets, chunk=self._chunk(hidden, groups))
             return values if order is None else order.unpack_answers(values[:, 0])
+
+    def prompts(self, params, images, ids, lengths):
+        """Reads prompts, to go on from with `next_token`.
+
+        Args:
+          params: the parameter tree.
+          images: float32[B, I, I, 3], normalised; of no matter to a prompt without image tokens.
+          ids: int32[B, P], right-padded, with IMAGE_SLOT where image tokens go: all of them, or none.
+          lengths: int32[B].
+
+        Returns:
+          float32[B, V], the logits of the first token to say; and (keys, values), float[L, B, P, G, K] each.
+        """
+        check_images(images, ids.shape[:1], self.config)
+        return self._apply(params, images, ids, lengths, method="prompts")
+
+    def next_token(self, params, ids, mix, kept):
+        """Reads one token of each beam.
+
+        Args:
+          params: the parameter tree.
+          ids: int32[S, N], the tokens that were just said.
+          mix: `NextToken`.
+          kept: `Kept`.
+
+        Returns:
+          float32[S, N, V], the logits of the tokens to say next; and (keys, values), float[L, S, N, G, K] each.
+        """
+        return self._apply(params, ids, mix, kept, method="next_token")
 
     def token_kl(self, params, reference_params, groups, cell_image, packing=None):
         """Computes KL(reference || policy) over the vocabulary at every answer token, float32[B, C, T]."""

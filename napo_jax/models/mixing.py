@@ -1,0 +1,92 @@
+"""How tokens see each other: those of a whole group at once, of a prompt that is kept, or the next token of beams."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from napo_jax.models.attention import attend
+from napo_jax.models.layout import Layout
+from napo_jax.models.packing import TokenOrder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WholeGroups:
+    """Every stream of a layout over what it may see; nothing is kept."""
+
+    prefix_lengths: jax.Array  # int32[B, M]
+    answer_lengths: jax.Array  # int32[B, C]
+    order: TokenOrder | None  # in which tokens come, if they are packed
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    backend: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, q, k, v, kept):
+        """Maps queries float[B, S, H, K], and keys and values float[B, S, G, K], to (float[B, S, H, K], kept)."""
+        if self.order is not None:
+            q, k, v = self.order.unpack(q), self.order.unpack(k), self.order.unpack(v)
+        out = attend(q, k, v, self.layout, self.prefix_lengths, self.answer_lengths, self.backend)
+        return (out if self.order is None else self.order.pack(out)), kept
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A prompt over itself, causally; its keys and values are kept."""
+
+    lengths: jax.Array  # int32[B]
+    backend: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, q, k, v, kept):
+        """Maps float[B, P, ...] to (float[B, P, H, K], (keys, values))."""
+        del kept
+        layout, no_answers = Layout(q.shape[1]), jnp.zeros((q.shape[0], 0), jnp.int32)
+        return attend(q, k, v, layout, self.lengths[:, None], no_answers, self.backend), (k, v)
+
+
+class Kept(NamedTuple):
+    """Keys and values of S prompts and of what each of their N beams has said so far; layers in front."""
+
+    prompt_keys: jax.Array  # float[L, S, P, G, K]
+    prompt_values: jax.Array
+    beam_keys: jax.Array  # float[L, S, N, T, G, K], by the row that a beam had when it said the token
+    beam_values: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """The next token of every beam, over its prompt, over what the beam has said, and over itself.
+
+    The prompt's keys are read once for all its beams. What beams have said stays where it was written when beams are
+    exchanged: a table says in which row each beam finds its token of a time, so that nothing is copied.
+    """
+
+    prompt_lengths: jax.Array  # int32[S]
+    row_of: jax.Array  # int32[S, N, T], in which row beam n finds its token of time t
+    said: jax.Array  # int32[S], tokens that were said before
+
+    def __call__(self, q, k, v, kept):
+        """Maps q float[S, N, H, K] and k, v float[S, N, G, K] to (float[S, N, H, K], (k, v)); kept is of a layer."""
+        prompt_keys, prompt_values, beam_keys, beam_values = kept
+        slots, beams, _, width = q.shape
+        rows, times = beam_keys.shape[1:3]
+        grouped = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(slots, beams, k.shape[2], -1, width)
+        product = lambda spec, x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+        over_prompt = product("sngrk,spgk->sngrp", grouped, prompt_keys)
+        there = jnp.arange(prompt_keys.shape[1])[None] < self.prompt_lengths[:, None]
+        over_prompt = jnp.where(there[:, None, None, None], over_prompt, -jnp.inf)
+        over_beams = product("sngrk,smtgk->sngrmt", grouped, beam_keys)
+        own = self.row_of[:, :, None] == jnp.arange(rows)[None, None, :, None]
+        own &= (jnp.arange(times)[None] < self.said[:, None])[:, None, None]
+        over_beams = jnp.where(own[:, :, None, None], over_beams, -jnp.inf)
+        over_itself = product("sngrk,sngk->sngr", grouped, k)[..., None]
+        scores = [over_prompt, over_beams.reshape(*over_beams.shape[:4], -1), over_itself]
+        weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v.dtype)
+        cuts = [prompt_keys.shape[1], prompt_keys.shape[1] + rows * times]
+        of_prompt, of_beams, of_itself = jnp.split(weights, cuts, axis=-1)
+        out = product("sngrp,spgk->sngrk", of_prompt, prompt_values)
+        out += product("sngrmt,smtgk->sngrk", of_beams.reshape(over_beams.shape), beam_values)
+        out += of_itself.astype(jnp.float32) * v[:, :, :, None].astype(jnp.float32)
+        return out.reshape(q.shape).astype(v.dtype), (k, v)

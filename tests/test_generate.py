@@ -1,0 +1,157 @@
+"""Generation, token for token as `transformers` does it, in any company."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from quick import quick_jit
+from torch_llava import params_of, tiny_config, torch_llava
+
+from napo_jax import generate
+from napo_jax.decoding import Decoding, begin, choose
+from napo_jax.generate import Generator, Prompt
+from napo_jax.models import IMAGE_SLOT, Llava
+
+EOS, MOST = 25, 16  # an end that the random model likes to say
+CONFIG = tiny_config(remat="none")
+
+
+torch.set_num_threads(1)  # two get in each other's way on so small a model
+
+
+@pytest.fixture(autouse=True)
+def fast_compiles(monkeypatch):
+    monkeypatch.setattr(generate.jax, "jit", quick_jit)
+
+
+@pytest.fixture(scope="module")
+def torch_model():
+    model = torch_llava(CONFIG, seed=3)
+
+    def without_image_token(module, inputs, logits):
+        """Takes the row of the image token, which is no word, out of every distribution."""
+        return torch.cat([logits[..., :-1], torch.full_like(logits[..., -1:], -1e9)], dim=-1)
+
+    model.lm_head.register_forward_hook(without_image_token)
+    return model
+
+
+@pytest.fixture(scope="module")
+def params(torch_model):
+    return params_of(torch_model)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Seven of unequal lengths, five with a picture."""
+    random = np.random.default_rng(0)
+    made = []
+    for number, words in enumerate((3, 9, 5, 14, 1, 7, 20)):
+        ids = random.integers(3, CONFIG.text.vocab_size, words)
+        image = None
+        if number not in (1, 4):
+            image = random.normal(size=(28, 28, 3)).astype(np.float32)
+            ids = np.concatenate([[1], np.full(CONFIG.vision.image_tokens, IMAGE_SLOT), ids])
+        made.append(Prompt(number, ids.astype(np.int32), image, seed=number))
+    return made
+
+
+def by_torch(model, prompt, **options):
+    """Returns the new tokens of `generate`, up to and with the end."""
+    ids = torch.from_numpy(np.where(prompt.ids == IMAGE_SLOT, CONFIG.text.vocab_size, prompt.ids))[None].long()
+    pixels = {}
+    if prompt.image is not None:
+        pixels["pixel_values"] = torch.from_numpy(prompt.image.transpose(2, 0, 1))[None]
+    options = {"do_sample": False, "max_new_tokens": MOST} | options
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), eos_token_id=EOS, pad_token_id=0, **pixels, **options
+    )
+    new = out[0, ids.shape[1] :].tolist()
+    return new[: new.index(EOS) + 1] if EOS in new else new
+
+
+def by_us(params, prompts, slots=4, **options):
+    """Returns {key: tokens, with the end}."""
+    decoding = Decoding(**{"max_tokens": MOST} | options)
+    generator = Generator(Llava(CONFIG), params, decoding, eos=EOS, slots=slots, prompt_tokens=64)
+    return {answer.key: answer.ids + [EOS] * answer.ended for answer in generator(prompts)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({"beams": 3}, {}),
+        ({"beams": 5}, {}),
+        ({"beams": 3, "length_penalty": -1.0}, {}),
+        ({"beams": 3, "early_stopping": True}, {}),
+    ],
+    ids=["greedy", "3 beams", "5 beams", "short answers", "early stopping"],
+)
+def test_token_for_token_as_transformers(torch_model, params, prompts, ours, theirs):
+    got = by_us(params, prompts, **ours)
+    names = {"num_beams": ours.get("beams", 1)} | {name: ours[name] for name in ours if name != "beams"} | theirs
+    want = {prompt.key: by_torch(torch_model, prompt, **names) for prompt in prompts}
+    assert got == want
+    lengths = {len(ids) for ids in want.values()}
+    assert MOST in lengths, "none is cut off"
+    assert len(lengths) > 3, "hardly any ends early"
+
+
+def test_beams_are_no_greedy_choice(params, prompts):
+    assert by_us(params, prompts, beams=3) != by_us(params, prompts)
+
+
+@pytest.mark.parametrize("options", [{"beams": 3}, {"temperature": 0.8, "top_p": 0.9}], ids=["beams", "drawn"])
+def test_an_answer_does_not_depend_on_its_company(params, prompts, options):
+    """T21: alone, in one batch with the others, in a few slots that are filled again, and in any turn."""
+    together = by_us(params, prompts, slots=7, **options)
+    decoding = Decoding(max_tokens=MOST, **options)
+    one = Generator(Llava(CONFIG), params, decoding, eos=EOS, slots=1, prompt_tokens=64)
+    alone = {answer.key: answer.ids + [EOS] * answer.ended for prompt in prompts for answer in one([prompt])}
+    assert alone == together == by_us(params, prompts[::-1], slots=4, **options)
+
+
+def test_what_is_drawn_repeats_itself_and_follows_its_seeds(params, prompts):
+    drawn = by_us(params, prompts, temperature=1.0)
+    assert drawn == by_us(params, prompts, temperature=1.0)
+    assert drawn != by_us(params, prompts, temperature=1.0, seed=1)
+    other = by_us(params, [prompt._replace(seed=prompt.seed + 100) for prompt in prompts], temperature=1.0)
+    assert all(other[key] != drawn[key] for key in drawn if len(drawn[key]) > 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.8, "temperature": 0.5}])
+def test_tokens_are_drawn_by_their_probabilities(options):
+    """A chi-square test against probabilities by hand."""
+    decoding = Decoding(**{"max_tokens": 2, "temperature": 1.5} | options)
+    logits = np.random.default_rng(1).normal(size=12).astype(np.float32) * 2
+    draws = 20_000
+    search = begin(draws, decoding)._replace(done=jnp.zeros(draws, bool), seeds=jnp.arange(draws, dtype=jnp.uint32))
+    search = jax.jit(lambda s: choose(s, jnp.broadcast_to(logits, (draws, 1, 12)), decoding, EOS))(search)
+    counts = np.bincount(np.asarray(search.tokens[:, 0, 0]), minlength=12)
+
+    scores = logits.astype(np.float64) / decoding.temperature
+    order = np.argsort(-scores)
+    keep = order[: decoding.top_k] if decoding.top_k else order
+    p = np.exp(scores[keep]) / np.exp(scores[keep]).sum()
+    keep = keep[: np.searchsorted(np.cumsum(p), decoding.top_p) + 1]  # the first that reaches the share is kept
+    p = np.exp(scores[keep]) / np.exp(scores[keep]).sum()
+    assert counts.sum() == counts[keep].sum() == draws
+    likely = p * draws > 5
+    chi = np.sum((counts[keep] - p * draws)[likely] ** 2 / (p * draws)[likely])
+    assert chi < 40, (counts[keep], p * draws)  # eleven degrees of freedom: once in 20,000
+
+
+def test_a_prompt_that_is_too_long_is_refused(params):
+    with pytest.raises(ValueError, match="a prompt has 70 tokens, and there is room for 64"):
+        by_us(params, [Prompt(0, np.full(70, 3, np.int32))])
+    with pytest.raises(ValueError, match="exceed the model's 256 positions"):
+        Generator(Llava(CONFIG), params, Decoding(max_tokens=200), prompt_tokens=64)
+    for options, message in (
+        ({"beams": 0}, "beams and max_tokens must be at least 1"),
+        ({"top_k": 3}, "need a temperature above 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p in \(0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Decoding(**options)
