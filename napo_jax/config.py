@@ -233,19 +233,24 @@ def parse(options: type, argv=None, *, description: str) -> tuple[Config, Any]:
             ("run", Annotated[Config, tyro.conf.arg(name="")]),
         ],
     )
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            given = tyro.cli(command, default=command(file, options(), default), args=rest, description=description)
-    except SystemExit:
-        if said.getvalue():
-            raise ValueError(_without_box(said.getvalue())) from None
-        raise  # --help
+    given = read_flags(command, rest, description=description, default=command(file, options(), default))
     if not file:
         raise ValueError("say which config to use: --config configs/debug.py, for example")
     if given.config != file:
         raise ValueError(f"--config is given twice, {file} and {given.config}; name one file")
     return given.run, given.options
+
+
+def read_flags(kind, argv, **options):
+    """Makes a dataclass of a command line by tyro; raises one line for what is wrong with it."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=argv, **options)
+    except SystemExit:
+        if said.getvalue():
+            raise ValueError(_without_box(said.getvalue())) from None
+        raise  # --help
 
 
 def _without_box(text):

@@ -15,7 +15,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 # What moves nothing: names for what is there, and frames around what is counted inside.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-    *("partition-id", "replica-id", "opt-barrier", "after-all", "add-dependency"),
+    *("async-start", "async-update", "partition-id", "replica-id", "opt-barrier", "after-all", "add-dependency"),
 }
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveDone")
 

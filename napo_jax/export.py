@@ -10,10 +10,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
 from etils import epath
 
-from napo_jax.config import ModelConfig, exit_with_one_line
+from napo_jax.config import ModelConfig, exit_with_one_line, read_flags
 from napo_jax.model_source import find_model, is_workdir, load_leaves, load_trained
 from napo_jax.models import Llava
 from napo_jax.optim import unflatten
@@ -98,7 +97,7 @@ def _tokenizer(folder):
 
 def main(argv=None):
     """Runs the command."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = read_flags(Options, argv, description=__doc__)
     # On the host: next to nothing is computed, and the accelerator may be in use by the run itself.
     jax.config.update("jax_platforms", "cpu")
     print("\n".join(export(options)))
