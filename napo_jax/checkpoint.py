@@ -182,7 +182,8 @@ class _Keep:
         """Returns a bool for each save, given in order of steps."""
         ranked = sorted((self.quality(checkpoint.metrics), checkpoint.step) for checkpoint in checkpoints)
         ranked = [step for quality, step in ranked if quality > -math.inf]
-        kept = {checkpoint.step for checkpoint in checkpoints[-self.last :]} | set(ranked[len(ranked) - self.best :])
+        best = ranked[max(0, len(ranked) - self.best) :]
+        kept = {checkpoint.step for checkpoint in checkpoints[-self.last :]} | set(best)
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 

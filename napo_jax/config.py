@@ -7,15 +7,15 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
-import os
 import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from napo_jax.fields import check_fields
 from napo_jax.models.lora import LoraConfig
 from napo_jax.objective import Objective, napo
 from napo_jax.optim import OptimizerConfig
@@ -23,22 +23,6 @@ from napo_jax.sharding import MeshConfig
 
 # What a user can mend. Of what the system says of a file, that which another path or another permission would change.
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-
-
-def _check_fields(config, group):
-    """Holds the fields that are numbers, switches or choices against their types: a config file may say anything."""
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        choices = [option for option in (kind, *get_args(kind)) if get_origin(option) is Literal]
-        if choices and value not in get_args(choices[0]) and not (value is None and type(None) in get_args(kind)):
-            raise ValueError(f"{group}.{name} must be one of {', '.join(get_args(choices[0]))}, got {value!r}")
-        if kind in (int, bool) and type(value) is not kind:
-            wanted = "a whole number" if kind is int else "true or false"
-            raise ValueError(f"{group}.{name} must be {wanted}, got {value!r}")
-        if kind == (str | None) and not isinstance(value, str | os.PathLike | None):
-            raise ValueError(f"{group}.{name} must be a path or None, got {value!r}")
-        if kind == dict[str, str] and not (isinstance(value, dict) and all(isinstance(v, str) for v in value.values())):
-            raise ValueError(f"{group}.{name} must be a dict of names, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +43,7 @@ class ModelConfig:
 
     def __post_init__(self):
         """Checks the fields' types and choices."""
-        _check_fields(self, "model")
+        check_fields(self, "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +89,7 @@ class DataConfig:
         """Checks the fields' types and choices, and the numbers."""
         if isinstance(self.path, str):
             object.__setattr__(self, "path", (self.path,))
-        _check_fields(self, "data")
+        check_fields(self, "data")
         for name in ("batch_size", "buckets", "attention_multiple", "threads", "made_up", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
@@ -150,7 +134,7 @@ class TrainConfig:
 
     def __post_init__(self):
         """Checks the fields' types and choices, and the numbers."""
-        _check_fields(self, "train")
+        check_fields(self, "train")
         for name in ("steps", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {value}")

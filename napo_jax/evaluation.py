@@ -25,7 +25,7 @@ def with_ablation(objective: Objective) -> Objective:
 class HeldOut:
     """The groups that are held out of training, and the way to evaluate them."""
 
-    def __init__(self, dataset, objective, model, reference=None, *, mesh=None):
+    def __init__(self, dataset, objective, model, reference=None, *, mesh=None, batch_size=None):
         """Takes what training takes.
 
         Args:
@@ -35,10 +35,12 @@ class HeldOut:
           reference: the `CachedReference` of the dataset; or a pair of the `Llava` and the parameters that run as
             reference, which are scored once; or None if the objective reads none.
           mesh: made by `sharding.make_mesh`.
+          batch_size: groups scored at a time, over all devices; None for the config's.
         """
         self._objective = with_ablation(objective)
         self._dataset = dataset.under(self._objective)
-        order = self._dataset.order(held_out=True, shuffle=False, keep_rest=True)
+        batch_size = batch_size or dataset.config.batch_size
+        order = self._dataset.order(held_out=True, shuffle=False, keep_rest=True, batch_size=batch_size)
         self._chosen = Chosen(order.batch_size, [order[step] for step in range(order.steps_per_epoch)])
         self._scored = make_scorer(self._dataset, self._objective, model, self._objective.cells, mesh)
         self._reference = reference
@@ -47,8 +49,12 @@ class HeldOut:
             _, self._reference = self._collect(scorer, reference[1], objective.reference_cells)
         self._evaluate = jax.jit(self._objective)
 
-    def __len__(self):
-        return int(self._dataset.held_out.sum())
+    @property
+    def metrics(self) -> list[str]:
+        """The names of what an evaluation measures."""
+        pair = Logps(*[jax.ShapeDtypeStruct((1,), np.float32)] * 2)
+        logps = dict.fromkeys(self._objective.cells, pair)
+        return sorted(jax.eval_shape(self._objective, logps, logps)[1])
 
     def __call__(self, params):
         """Evaluates a parameter tree.

@@ -75,29 +75,31 @@ class Journal:
 
     def close(self):
         """Closes the files and leaves the console's line."""
+        self._console.close()
         self._writer.close()
         self._evaluations.close()
-        self._console.close()
 
     def _take(self, done):
         if done is None:
             return
         number, self.last = done
         self._pace.done(examples=self._examples, **self._work.pop(number))
-        if not math.isfinite(self.last["loss"]):
-            raise StoppedError(self._not_finite(number), 1)
+        # A gradient that is no number makes parameters that are none, which the loss shows a step too late.
+        for name in ("loss", "gradient_norm", "update_norm"):
+            if not math.isfinite(self.last[name]):
+                raise StoppedError(self._not_finite(number, name), 1)
         if number % self._every == 0 or number == self._steps:
             rates = self._pace.rates()
             self._writer.write(number, self.last | rates)
             self._console.progress(progress_line(number, self._steps, self.last, rates))
 
-    def _not_finite(self, number):
-        """Writes down the records of a step whose loss is no number; returns what to say."""
+    def _not_finite(self, number, name):
+        """Writes down the records of a step with a metric that is no number; returns what to say."""
         file = self._workdir / "not_finite.json"
         metrics = {name: str(value) for name, value in self.last.items()}
         if jax.process_index() == 0:
             file.write_text(json.dumps({"step": number, "records": self._records_of(number), "metrics": metrics}))
-        return (
-            f"the loss of step {number} is {self.last['loss']}; its records are in {file}, and the last good "
-            f"checkpoint is that of step {self._last_good() or 0}"
+        good = self._last_good()
+        return f"the {name} of step {number} is {self.last[name]}; its records are in {file}, and " + (
+            "no checkpoint was saved yet" if good is None else f"the last good checkpoint is that of step {good}"
         )

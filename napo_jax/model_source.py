@@ -6,9 +6,11 @@ itself began with, adapters merged.
 
 import dataclasses
 import json
+import os
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from napo_jax import hub_files
@@ -69,6 +71,11 @@ class Source(NamedTuple):
         return load_tokenizer(str(self.folder)) if self.folder else byte_tokenizer()
 
 
+def absolute(path) -> epath.Path:
+    """Returns a path that means the same wherever it is read, local or gs://."""
+    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+
+
 def is_workdir(path) -> bool:
     """Tells whether a path is the workdir of a run that has begun to save."""
     return (epath.Path(path) / "checkpoints").is_dir()
@@ -85,7 +92,7 @@ def find_model(config: ModelConfig, seed: int = 0, step: int | None = None) -> S
     runs, path = [], config.path
     size = config.size
     while path is not None and is_workdir(path):
-        workdir = epath.Path(path)
+        workdir = absolute(path)
         if any(workdir == run.workdir for run in runs):
             raise ValueError(f"{workdir} says that it began with itself: its config.json was changed")
         saved = _checkpoints(workdir)
@@ -95,7 +102,8 @@ def find_model(config: ModelConfig, seed: int = 0, step: int | None = None) -> S
         if step is not None and step not in saved.steps():
             raise ValueError(f"the run in {workdir} has no checkpoint of step {step}; it has {saved.steps()}")
         runs.append(Run(workdir, latest if step is None else step))
-        before, step = runs[-1].config, None
+        before = runs[-1].config
+        step = before.get("source_step")
         path, seed, size = before["model"]["path"], before["train"]["seed"], before["model"]["size"]
     source = Source(
         None if path is None else epath.Path(path), seed, size or "tiny", tuple(reversed(runs)), config.path
@@ -135,8 +143,10 @@ def load_leaves(source: Source, model: Llava, mesh, dtypes=None):
     model, dtypes = model.without_adapters, dtypes or {}
     place = lambda shapes: unflatten(shard_params(flatten(shapes), mesh)[0])
     if source.folder is None:
-        cast = lambda path, leaf: leaf.astype(dtypes.get(path, leaf.dtype))
-        draw = lambda key: {path: cast(path, leaf) for path, leaf in flatten(model.init(key)).items()}
+        # Drawn wide and rounded: numbers drawn in bfloat16 are others.
+        wide, dtype = Llava(dataclasses.replace(model.config, param_dtype=jnp.float32)), model.config.param_dtype
+        cast = lambda path, leaf: leaf.astype(dtypes.get(path, dtype))
+        draw = lambda key: {path: cast(path, leaf) for path, leaf in flatten(wide.init(key)).items()}
         key = jax.random.key(source.seed)
         leaves = jax.jit(draw, out_shardings=shard_params(jax.eval_shape(draw, key), mesh)[0])(key)
     else:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from napo_jax.fields import check_fields
 from napo_jax.models.lora import is_adapter
 
 
@@ -38,7 +39,8 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        """Checks the numbers."""
+        """Checks the fields' types and choices, and the numbers."""
+        check_fields(self, "optimizer")
         if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0:
             raise ValueError(
                 "optimizer: learning_rate must be positive, warmup in [0, 1) and weight_decay not negative, got "
@@ -103,4 +105,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         mask=decays,
         mu_dtype=jnp.dtype(config.moment_dtype),
     )
-    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.clip_norm is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    # A second moment of bfloat16 would stand still: a step changes it by less than the last bit.
+    wide = lambda leaves: {path: leaf.astype(jnp.float32) for path, leaf in leaves.items()}
+    return optax.GradientTransformation(
+        lambda params: adamw.init(wide(params)),
+        lambda gradients, state, params: adamw.update(wide(gradients), state, wide(params)),
+    )

@@ -8,12 +8,10 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import sys
 import time
 
 import jax
-from etils import epath
 
 from napo_jax.arithmetic import step_flops
 from napo_jax.checkpoint import Checkpoints
@@ -24,7 +22,7 @@ from napo_jax.data.records import find_files
 from napo_jax.evaluation import HeldOut
 from napo_jax.journal import Journal, StoppedError
 from napo_jax.metrics import Console, peak_flops
-from napo_jax.model_source import find_model
+from napo_jax.model_source import absolute, find_model, is_workdir
 from napo_jax.models.llava import without_missing_adapters
 from napo_jax.models.lora import is_adapter
 from napo_jax.optim import learning_rates, make_optimizer, unflatten
@@ -59,9 +57,16 @@ def train(config: Config, workdir, console=None):
     Returns:
       the metrics of the last step, {name: float}. Raises StoppedError if the run was asked to end, or its loss did.
     """
-    console, workdir = console or Console(), epath.Path(workdir)
+    console, workdir = console or Console(), absolute(workdir)
     # What can be wrong is looked for before what takes long: files, then devices, then all rows.
-    source = find_model(config.model, config.train.seed)
+    begun = _begun(workdir)
+    source = find_model(config.model, config.train.seed, begun.get("source_step"))
+    if any(run.workdir == workdir for run in source.runs):
+        raise ValueError(
+            f"model.path is the run's own workdir, {workdir}; leave it out, and the run goes on from there"
+        )
+    settings = as_json(config) | {"source_step": source.runs[-1].step if source.runs else None}
+    _check_same(begun, settings, workdir)
     shape = source.shape
     if config.data.path is not None:
         find_files(config.data.path)
@@ -78,16 +83,21 @@ def train(config: Config, workdir, console=None):
     for line in _report(config, source, dataset, steps, trained, frozen, whole):
         console.note(line)
 
+    best = {"best_metric": config.train.best_metric, "best_mode": _better(config.train.best_metric)}
+    keep = {"keep_last": config.train.keep, "keep_best": config.train.keep_best}
+    checkpoints = Checkpoints(workdir / "checkpoints", **keep, **(best if config.train.keep_best else {}))
+    latest = checkpoints.latest()
+    if latest is not None and latest >= steps:
+        console.note(f"{steps} steps are done: nothing to do")
+        return {}
+
     # The reference is the model as it was loaded: before anything of this run's own is restored.
     cached, live = _reference(config, dataset, model, trained, frozen, mesh, console)
     attach = cached.attach if cached else lambda batch: batch
 
     # The state: this run's own, or else the model as it was loaded.
     begin, shapes = first_state(trained, optimizer, mesh)
-    best = {"best_metric": config.train.best_metric, "best_mode": _better(config.train.best_metric)}
-    keep = {"keep_last": config.train.keep, "keep_best": config.train.keep_best}
-    checkpoints = Checkpoints(workdir / "checkpoints", **keep, **(best if config.train.keep_best else {}))
-    start, latest = 0, checkpoints.latest()
+    start = 0
     if latest is None:
         state = begin(trained)
         del trained
@@ -99,13 +109,11 @@ def train(config: Config, workdir, console=None):
         batches.set_state(extra["data"])
         start = batches.step
         console.note(f"start    goes on from step {start} of {checkpoints.folder}")
-    if start >= steps:
-        console.note(f"{steps} steps are done: nothing to do")
-        return {}
-    settings = as_json(config)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(settings, indent=1))
+        aside = workdir / "config.json.new"
+        aside.write_text(json.dumps(settings, indent=1))
+        aside.replace(workdir / "config.json")
 
     accumulate, seed = config.train.accumulate, config.train.seed
     step = make_train_step(model, config.objective, optimizer, accumulate=accumulate, mesh=mesh, seed=seed)
@@ -124,7 +132,12 @@ def train(config: Config, workdir, console=None):
     held_out = None
     if config.data.held_out:
         reference = cached if live is None else (without_missing_adapters(model, live), unflatten(live, frozen))
-        held_out = HeldOut(dataset, config.objective, model, reference, mesh=mesh)
+        some = config.data.batch_size // config.train.accumulate  # as many as fit
+        held_out = HeldOut(dataset, config.objective, model, reference, mesh=mesh, batch_size=some)
+        if config.train.keep_best and config.train.best_metric not in held_out.metrics:
+            raise ValueError(
+                f"train.best_metric is {config.train.best_metric}; evaluations give {', '.join(held_out.metrics)}"
+            )
     frozen = Frozen(frozen, live)
     records = dataset.table.records
     journal = Journal(
@@ -143,10 +156,6 @@ def train(config: Config, workdir, console=None):
     def evaluate(number):
         journal.flush()
         measured = held_out(unflatten(state.params, frozen.params))
-        if config.train.keep_best and config.train.best_metric not in measured:
-            raise ValueError(
-                f"train.best_metric is {config.train.best_metric}, and an evaluation gives {', '.join(measured)}"
-            )
         journal.evaluation(number, measured)
         journal.interrupted()
         return measured
@@ -180,8 +189,10 @@ def train(config: Config, workdir, console=None):
                         f"asked to stop: saved step {number}; the same command goes on from there", _INTERRUPTED
                     )
     finally:
-        journal.close()
-        checkpoints.close()
+        try:
+            journal.close()
+        finally:
+            checkpoints.close()
     return journal.last
 
 
@@ -205,10 +216,28 @@ def _reference(config, dataset, model, trained, frozen, mesh, console):
     base = {path: leaf for path, leaf in trained.items() if not is_adapter(path)}
     if config.train.reference == "cache":
         tree, root = unflatten(compute(base), frozen), dataset.cache / "reference"
-        show = _Sometimes(console)
+        options = {"batch_size": config.data.batch_size // config.train.accumulate, "progress": _Sometimes(console)}
         model = model.without_adapters
-        return open_reference(root, dataset, config.objective, model, tree, mesh=mesh, progress=show), None
+        return open_reference(root, dataset, config.objective, model, tree, mesh=mesh, **options), None
     return None, compute(trained if config.train.reference == "live" else base)
+
+
+def _begun(workdir):
+    """Returns what config.json of a run that has saved says; an empty dict of a run that begins."""
+    file = workdir / "config.json"
+    return json.loads(file.read_text()) if is_workdir(workdir) and file.exists() else {}
+
+
+def _check_same(begun, settings, workdir):
+    """Raises if a run would go on with another meaning of what it has saved."""
+    for part, names in (("model", ("path", "size")), ("lora", None), ("train", ("seed",)), ("objective", None)):
+        for name in (names or settings[part]) if begun else ():
+            before, now = begun[part][name], settings[part][name]
+            if before != now:
+                raise ValueError(
+                    f"the run in {workdir} began with {part}.{name} {before!r}, and not {now!r}: go on with the same, "
+                    "or name another workdir"
+                )
 
 
 def _better(metric):
@@ -251,8 +280,8 @@ def as_json(config):
     The model's path is made absolute: a later run that begins with this one may be started elsewhere.
     """
     values = dataclasses.asdict(config)
-    if config.model.path is not None and "://" not in str(config.model.path):
-        values["model"]["path"] = os.path.abspath(config.model.path)
+    if config.model.path is not None:
+        values["model"]["path"] = str(absolute(config.model.path))
     return json.loads(json.dumps(values, default=lambda value: getattr(value, "__name__", str(value))))
 
 

@@ -1,13 +1,17 @@
 """Every file in configs/: it loads, and what it trains has a place on a mesh."""
 
+import dataclasses
 import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from napo_jax.config import load_config
-from napo_jax.model_source import random_shape
+from napo_jax.config import ModelConfig, load_config
+from napo_jax.model_source import find_model, load_leaves, random_shape
+from napo_jax.models import Llava
 from napo_jax.optim import make_optimizer
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.start import abstract_parts, first_state, make_model
@@ -37,3 +41,14 @@ def test_a_config_loads_and_its_state_has_a_place(file):
     for leaf in [*jax.tree.leaves(state), *frozen.values()]:
         assert leaf.size <= 2**20 or leaf.size >= 2 * math.prod(leaf.sharding.shard_shape(leaf.shape)), leaf
     assert not whole or config.model.size is None
+
+
+def test_a_random_model_is_the_same_in_any_type():
+    """Drawn wide and rounded, so that an export in bfloat16 has the tower that trained in float32."""
+    mesh, source = make_mesh(MeshConfig()), find_model(ModelConfig())
+    narrow, wide = (
+        load_leaves(source, Llava(dataclasses.replace(source.shape, param_dtype=dtype)), mesh)
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    for path, leaf in wide.items():
+        np.testing.assert_array_equal(narrow[path], leaf.astype(jnp.bfloat16), err_msg=path)

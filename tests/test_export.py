@@ -17,7 +17,7 @@ from quick import quick_jit
 from torch_llava import params_of, tiny_config, torch_llava, torch_logits
 from toy_tokenizer import toy_tokenizer, write_toy_tokenizer
 
-from napo_jax import export, export_pretrained, load_pretrained, tensor_files, train
+from napo_jax import export, export_pretrained, load_pretrained, start, tensor_files, train
 from napo_jax.checkpoint import Checkpoints
 from napo_jax.config import Config, ModelConfig, exit_with_one_line
 from napo_jax.model_source import find_model, load_leaves
@@ -50,11 +50,11 @@ def drawn(config, trainable=None, seed=0):
     return {path: jnp.asarray(draw(leaf.shape), jnp.float32) for path, leaf in trained.items()}
 
 
-def save(workdir, model, lora, steps):
-    """Writes the workdir of a run that saved {step: trained leaves}."""
-    config = Config(model=ModelConfig(path=str(model)), lora=lora)
+def save(workdir, model, lora, steps, source_step=None):
+    """Writes the workdir of a run over a model, that of a step if it is a run, that saved {step: trained leaves}."""
+    config = train.as_json(Config(model=ModelConfig(path=str(model)), lora=lora))
     workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(train.as_json(config)))
+    (workdir / "config.json").write_text(json.dumps(config | {"source_step": source_step}))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step, leaves in steps.items():
             checkpoints.save(step, {"params": leaves, "step": jnp.int32(step)}, {})
@@ -181,8 +181,9 @@ def test_weights_are_bfloat16_unless_asked_otherwise_and_go_into_the_original_la
 def test_a_run_over_a_run_is_exported_with_both(base, asked, tmp_path, capsys):
     folder, leaves = base
     first, second = drawn(small(), PROJECTOR), drawn(small(), None, seed=1)
-    before = save(tmp_path / "before", folder, LORA, {2: first})
-    after = save(tmp_path / "after", before, LORA, {4: second})
+    # The first run went on after the second had begun with its step 2.
+    before = save(tmp_path / "before", folder, LORA, {2: first, 3: drawn(small(), PROJECTOR, seed=2)})
+    after = save(tmp_path / "after", before, LORA, {4: second}, source_step=2)
     said = run(capsys, "--workdir", after, "--output", tmp_path / "out", "--dtype", "float32")
     assert f"{folder} with step 2 of {before} with step 4 of {after} -> " in said
     merged = leaves | first
@@ -193,7 +194,7 @@ def test_a_run_over_a_run_is_exported_with_both(base, asked, tmp_path, capsys):
 
     said = run(capsys, "--workdir", after, "--output", tmp_path / "adapters", "--peft", "--dtype", "float32")
     assert f"they go over the model of step 2 of {before}: export that too, and load them over it" in said
-    run(capsys, "--workdir", before, "--output", tmp_path / "base", "--dtype", "float32")
+    run(capsys, "--workdir", before, "--output", tmp_path / "base", "--dtype", "float32", "--step", 2)
     assert close(answered(load_strictly(tmp_path / "base", tmp_path / "adapters"), *asked), want)
 
 
@@ -201,18 +202,20 @@ def test_a_trained_model_is_exported(tmp_path, capsys, monkeypatch):
     """From the command that trains to `transformers` and `peft`, with a base that is in no file."""
     monkeypatch.setattr(jax, "jit", quick_jit)
     monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    leaves = {}  # what the run begins with
+
+    def load(*args):
+        loaded = load_leaves(*args)
+        leaves.update({path: jnp.copy(leaf) for path, leaf in loaded.items()})
+        return loaded
+
+    monkeypatch.setattr(start, "load_leaves", load)
     flags = {"workdir": tmp_path / "run", "train.steps": 3, "train.checkpoint-every": 2, "data.made-up": 8}
-    flags |= {
-        "data.cache": tmp_path / "cache",
-        "data.buckets": 1,
-        "data.batch-size": 2,
-        "lora.rank": 4,
-        "lora.dropout": 0.1,
-    }
-    flags |= {"train.reference": "adapters_off", "optimizer.trainable": PROJECTOR, "optimizer.learning-rate": 0.05}
+    flags |= {"data.cache": tmp_path / "cache", "data.buckets": 1, "data.batch-size": 2, "lora.rank": 4}
+    flags |= {"lora.dropout": 0.1, "optimizer.trainable": PROJECTOR, "optimizer.learning-rate": 0.05}
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     with jax.numpy_dtype_promotion("standard"):  # optax mixes counts with rates
-        train.main(["--config", "configs/debug.py", *words])
+        train.main(["--config", "configs/debug.py", "--train.reference", "adapters_off", *words])
     capsys.readouterr()
     out = tmp_path / "out"
     merged = run(capsys, "--workdir", tmp_path / "run", "--output", out, "--dtype", "float32")
@@ -223,16 +226,16 @@ def test_a_trained_model_is_exported(tmp_path, capsys, monkeypatch):
     said = run(capsys, "--workdir", tmp_path / "run", "--output", tmp_path / "peft", "--peft", "--dtype", "float32")
     assert said.endswith("they go over a random model, which is in no file\n")
 
-    # The same by hand, adapters on: the random model, and what the checkpoint holds.
-    source = find_model(ModelConfig())
-    model, mesh = Llava(source.shape), make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    leaves = load_leaves(source, model, mesh)
-    lora = LoraConfig(rank=4, dropout=0.1)
-    adapted = Llava(dataclasses.replace(source.shape, lora=lora))
-    like = split_trained(flatten(jax.eval_shape(adapted.init, jax.random.key(0))), OptimizerConfig(trainable=PROJECTOR))
-    like = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)) for path, x in like[0].items()}
+    # The same by hand, adapters on: the model that it began with, and what the checkpoint holds.
+    shape = find_model(ModelConfig()).shape
+    model, adapted = Llava(shape), Llava(dataclasses.replace(shape, lora=LoraConfig(rank=4, dropout=0.1)))
+    trained, _ = split_trained(
+        flatten(jax.eval_shape(adapted.init, jax.random.key(0))), OptimizerConfig(trainable=PROJECTOR)
+    )
+    place = replicated(make_mesh(MeshConfig(fsdp=1)))
+    like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for path, leaf in trained.items()}
     trained = Checkpoints(tmp_path / "run" / "checkpoints").restore(3, {"params": like}, partial=True)[0]["params"]
-    assert all(np.any(trained[path]) for path in trained)
+    assert all(np.any(leaf) for leaf in trained.values())
     rng = np.random.default_rng(0)
     ids = jnp.asarray(np.concatenate([[[IMAGE_SLOT] * 16], rng.integers(3, 250, (1, 20))], axis=1), jnp.int32)
     images = jnp.asarray(rng.normal(size=(1, 32, 32, 3)), jnp.float32)
@@ -323,6 +326,7 @@ def test_what_cannot_be_exported_is_one_line_and_exit_2(base, tmp_path, capsys):
         ("norm", ["--peft"], "language/norm/scale has trained beside the adapters, one of 1 leaves"),
         ("half", ["--peft"], "of the projector only projector/up/bias, projector/up/kernel has trained"),
         ("moved", [], "gone"),
+        ("lora", ["--outptu", "x"], "Unrecognized options: --outptu"),
     ):
         argv = [] if name is None else ["--workdir", str(runs[name]), "--output", str(tmp_path / "out"), *more]
         with pytest.raises(SystemExit) as stop:

@@ -1,6 +1,5 @@
 """LoRA against `peft`, live, and through the training step: what trains, what is never there, what the reference is."""
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -19,8 +18,10 @@ from quick import quick_jit
 from torch_llava import params_of, tiny_config, torch_llava
 
 from napo_jax.data.byte_tokenizer import BYTE_VOCABULARY
-from napo_jax.models import IMAGE_SLOT, Groups, Llava, LlavaConfig
+from napo_jax.models import IMAGE_SLOT, Llava, LlavaConfig
+from napo_jax.models.llama import Llama
 from napo_jax.models.lora import TARGETS, Linear, LoraConfig, is_adapter, merge_adapters
+from napo_jax.models.mixing import Prompts
 from napo_jax.objective import Objective, napo
 from napo_jax.optim import OptimizerConfig, flatten, split_trained, unflatten
 from napo_jax.reference import open_reference
@@ -197,9 +198,24 @@ def test_a_merged_model_is_the_model_with_adapters():
 # Dropout.
 
 
-def masks(model, params, keys):
-    """Returns, for each key, {name of a matrix: [where its adapter's inputs are kept, of each layer]}."""
-    seen = {}
+@pytest.fixture(scope="module")
+def decoder():
+    """Returns how to run a decoder that drops, (its adapters, a key, its way of rematerialisation) -> a number."""
+    lora = LoraConfig(rank=3, dropout=0.3)
+    config = tiny_config(lora=lora)
+    leaves = flatten(unflatten(drawn(params_of(torch_llava(config)), lora))["language"])
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(2, 14, config.text.width)), jnp.float32)
+    positions, mix = jnp.tile(jnp.arange(14), (2, 1)), Prompts(jnp.full(2, 14, jnp.int32), "xla")
+
+    def run(adapters, key, remat="none"):
+        net, params = Llama(config.text, lora, remat=remat), {"params": unflatten(leaves, adapters)}
+        return jnp.sum(jnp.sin(net.apply(params, x, positions, mix, rngs={"dropout": key})[0]))
+
+    return run, {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
+
+
+def test_every_matrix_of_every_layer_drops_other_inputs(decoder):
+    seen, found = {}, []
 
     def watch(call, args, kwargs, context):
         out = call(*args, **kwargs)
@@ -208,65 +224,34 @@ def masks(model, params, keys):
             jax.debug.callback(lambda kept: seen.setdefault(name, []).append(np.asarray(kept)), out != 0, ordered=True)
         return out
 
-    run, found = quick_jit(lambda key: score_groups(model, params, key)), []
-    for key in keys:
+    run = quick_jit(lambda key: decoder[0](decoder[1], key))
+    for seed in (0, 0, 1):
         with nn.intercept_methods(watch):
-            run(key)
+            run(jax.random.key(seed))
         jax.effects_barrier()
         found.append(dict(seen))
         seen.clear()
-    return found
-
-
-def score_groups(model, params, key):
-    return model.logps(params, groups_of(model.config), (0, 0), dropout=key).sum.sum()
-
-
-def groups_of(config):
-    """Returns one group of two answers."""
-    ids, images = question(config, batch=1)
-    answers = jnp.asarray(np.random.default_rng(6).integers(1, config.text.vocab_size, (1, 2, 9)), jnp.int32)
-    lengths = jnp.full((1, 1), ids.shape[1], jnp.int32)
-    return Groups(images[:, None], ids[:, None], lengths, answers, jnp.array([[9, 6]], jnp.int32))
-
-
-@pytest.fixture(scope="module")
-def dropping():
-    lora = LoraConfig(rank=3, dropout=0.3)
-    config = tiny_config(lora=lora, attention="xla")
-    return Llava(config), unflatten(drawn(params_of(torch_llava(config)), lora))
-
-
-def test_every_matrix_of_every_layer_drops_other_inputs(dropping):
-    model, params = dropping
-    seen, again, others = masks(model, params, [jax.random.key(seed) for seed in (0, 0, 1)])
-    assert set(seen) == set(TARGETS)
-    assert {len(layers) for layers in seen.values()} == {model.config.text.layers}
-    flat = [mask.ravel() for layers in seen.values() for mask in layers]
+    first, again, others = found
+    assert set(first) == set(TARGETS)
+    assert {len(layers) for layers in first.values()} == {3}
+    flat = [mask.ravel() for layers in first.values() for mask in layers]
     for i, mask in enumerate(flat):
-        assert abs(np.mean(mask) - 0.7) < 0.05
+        assert abs(np.mean(mask) - 0.7) < 0.06
         for other in flat[:i]:
             if other.size == mask.size:
                 # Independent ones agree in 0.7 0.7 + 0.3 0.3 of the places.
-                assert abs(np.mean(mask == other) - 0.58) < 0.06
-    for name, layers in seen.items():
+                assert abs(np.mean(mask == other) - 0.58) < 0.07
+    for name, layers in first.items():
         np.testing.assert_array_equal(layers, again[name])
         assert np.mean(np.equal(layers, others[name])) < 0.65
 
 
-def test_what_is_computed_again_drops_the_same(dropping):
+def test_what_is_computed_again_drops_the_same(decoder):
     """The gradient under rematerialisation is the one without."""
-    model, params = dropping
-    leaves, keys = flatten(params), [jax.random.key(seed) for seed in (2, 3)]
-    adapters = {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
-
-    def gradient(remat):
-        net = Llava(dataclasses.replace(model.config, remat=remat))
-        return quick_jit(jax.grad(lambda adapters, key: score_groups(net, unflatten(leaves, adapters), key)))
-
-    plain = gradient("none")
-    want, other = (plain(adapters, key) for key in keys)
-    for path, slope in gradient("full")(adapters, keys[0]).items():
+    run, adapters = decoder
+    gradient = quick_jit(jax.grad(run), static_argnums=2)
+    want, other = (gradient(adapters, jax.random.key(seed)) for seed in (2, 3))
+    for path, slope in gradient(adapters, jax.random.key(2), "full").items():
         assert close(slope, want[path], 1e-4), path
     assert not any(close(other[path], slope, 1e-2) for path, slope in want.items())
 
@@ -395,36 +380,18 @@ def test_all_three_references_agree(batch, cached, adapters_off):
 STARTED = {path: leaf for path, leaf in drawn(unflatten(PARAMS), TINY.lora).items() if path in TRAINED}
 
 
-def descent(batch, reference=None, step=3, objective=PLAIN, **options):
-    """Returns {path: gradient} of one step, of which number decides the dropout."""
-    put, mesh = lambda leaves: leaves, options.get("mesh")
-    if mesh is not None:
-        shardings, _ = shard_params(PARAMS, mesh)
-        put = lambda leaves: {path: jax.device_put(leaf, shardings[path]) for path, leaf in leaves.items()}
-        batch = jax.device_put(batch, over_rows(mesh))
-    state = dataclasses.replace(init_state(put(STARTED), optax.sgd(RATE)), step=jnp.int32(step))
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        after, _ = step_of(objective, **options)(state, Frozen(put(FROZEN), reference), batch)
-    return {path: (np.asarray(leaf) - np.asarray(after.params[path])) / RATE for path, leaf in STARTED.items()}
+def test_both_passes_of_a_micro_batch_on_a_mesh_drop_what_one_device_drops_once(cached):
+    """Held against jax.grad of the objective of two micro-batches' log-probs, each computed once, on one device."""
+    mesh, number = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4]), jnp.int32(3)
+    shardings, _ = shard_params(PARAMS, mesh)
+    put = lambda leaves: {path: jax.device_put(leaf, shardings[path]) for path, leaf in leaves.items()}
+    state = dataclasses.replace(init_state(put(STARTED), optax.sgd(RATE)), step=number)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(cached, over_rows(mesh))
+        after, _ = step_of(PLAIN, mesh=mesh, accumulate=2)(state, Frozen(put(FROZEN)), batch)
 
-
-def same(got, want):
-    """Tells whether gradients agree; they are differences of rounded parameters, hence the absolute part."""
-    error = {path: np.max(np.abs(got[path] - slope)) for path, slope in want.items()}
-    return all(error[path] <= 1e-4 * np.max(np.abs(slope)) + 1e-5 for path, slope in want.items())
-
-
-def test_a_mesh_drops_what_one_device_drops(batch, cached):
-    alone = descent(batch, PROJECTOR, objective=SEEING)
-    assert all(np.any(slope) for slope in alone.values())
-    assert same(descent(cached, mesh=make_mesh(MeshConfig(2, 2, 2))), alone)
-    assert not same(descent(batch, PROJECTOR, step=4, objective=SEEING), alone)
-
-
-def test_both_passes_of_a_micro_batch_drop_the_same(cached):
-    """Held against jax.grad of the objective of both micro-batches' log-probs, each computed once."""
-    parts = split_rows(cached, 2, 1)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(SEED), 3), 2)
+    parts = split_rows(cached, 2, shards=2)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(SEED), number), 2)
 
     @quick_jit
     def gradient(trained, keys):
@@ -435,9 +402,16 @@ def test_both_passes_of_a_micro_batch_drop_the_same(cached):
 
         return jax.grad(loss)(trained)
 
-    got = descent(cached, accumulate=2)
-    assert same(got, gradient(STARTED, keys))
-    assert not same(got, gradient(STARTED, keys[::-1]))
+    def errors(want):
+        """Yields how far each leaf's gradient is from a wanted one, in units of its largest entry."""
+        for path, leaf in STARTED.items():
+            got = (np.asarray(leaf) - np.asarray(after.params[path])) / RATE
+            # A difference of rounded parameters, hence the absolute part.
+            yield max(0.0, np.max(np.abs(got - want[path])) - 1e-5) / np.max(np.abs(want[path]))
+
+    assert max(errors(gradient(STARTED, keys))) < 1e-4
+    assert min(errors(gradient(STARTED, keys[::-1]))) > 1e-3
+    assert min(errors(gradient(STARTED, jax.random.split(keys[0])))) > 1e-3
 
 
 def computed(jaxpr):
@@ -462,9 +436,7 @@ def step_arrays(batch, *, accumulate=1, **options):
         return list(computed(jax.make_jaxpr(step)(state, Frozen(frozen, reference), batch).jaxpr))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "remat", "accumulate"), [(jnp.float32, "none", 1), (jnp.bfloat16, "full", 2), (jnp.bfloat16, "dots", 1)]
-)
+@pytest.mark.parametrize(("dtype", "remat", "accumulate"), [(jnp.float32, "none", 1), (jnp.bfloat16, "full", 2)])
 def test_nothing_of_a_matrix_size_is_computed(batch, dtype, remat, accumulate):
     """Neither A B nor a gradient of a matrix, nor a copy of one; without adapters the same search finds them."""
     sizes = {(64, 64), (64, 160), (160, 64)}

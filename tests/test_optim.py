@@ -92,3 +92,24 @@ def test_steps_are_those_of_torch(clip):
 def test_senseless_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**change)
+
+
+def test_the_second_moment_is_wide_whatever_the_parameters_are():
+    """In bfloat16 it would stand still: 0.001 of it is less than its last bit."""
+    config = OptimizerConfig(param_dtype="bfloat16", moment_dtype="bfloat16", schedule="constant", warmup=0)
+    optimizer = make_optimizer(config, 10)
+    params = {"language/norm/scale": jnp.ones(4, jnp.bfloat16)}
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(params)
+        _, state = optimizer.update({"language/norm/scale": jnp.full(4, 0.5, jnp.bfloat16)}, state, params)
+    moments = next(part for part in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "nu")) if hasattr(part, "nu"))
+    assert moments.mu["language/norm/scale"].dtype == jnp.bfloat16
+    assert moments.nu["language/norm/scale"].dtype == jnp.float32
+    np.testing.assert_allclose(moments.nu["language/norm/scale"], 0.25e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"schedule": "cos"}, {"param_dtype": "float16"}, {"moment_dtype": "int8"}])
+def test_a_choice_that_there_is_not_is_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"optimizer.{name} must be one of .*{value}"):
+        OptimizerConfig(**wrong)

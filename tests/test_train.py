@@ -111,6 +111,21 @@ def test_a_run_that_is_asked_to_stop_saves_first(straight, folder):
     assert "nothing to do" in finish(start(folder, "asked"))[0]
 
 
+def test_a_run_does_not_go_on_as_another(straight, folder):
+    """What the saved leaves mean must be what it was, and config.json stays as it is."""
+    before = (folder / "straight" / "config.json").read_text()
+    for more, message in (
+        (["--lora.rank", "2"], "began with lora.rank 0, and not 2"),
+        (["--train.seed", "5"], "began with train.seed 0, and not 5"),
+        (["--model.size", "7b"], "began with model.size None, and not '7b'"),
+        (["--model.path", str(folder / "straight")], "model.path is the run's own workdir"),
+    ):
+        _, err = finish(start(folder, "straight", "--train.steps", "20", *more), 2)
+        assert message in err
+        assert err.count("error: ") == 1
+    assert (folder / "straight" / "config.json").read_text() == before
+
+
 def test_at_the_start_it_is_the_reference_in_every_mode_also_after_a_resume(folder):
     """T4 and T6, through the command: a learning rate of nearly 0 keeps the policy where it was over a resume."""
     still = ["--optimizer.learning-rate", "1e-30", "--lora.rank", "4", "--lora.dropout", "0.5", "--optimizer.trainable"]
@@ -173,10 +188,11 @@ def test_a_run_may_begin_where_another_ended(straight, folder):
 def test_a_loss_that_is_no_number_ends_the_run(folder):
     rate = ["--optimizer.learning-rate", "1e30", "--optimizer.warmup", "0"]
     _, err = finish(start(folder, "broken", *rate), 1)
-    assert "the last good checkpoint is that of step 0" in err
+    assert "the update_norm of step 1 is inf" in err
+    assert "no checkpoint was saved yet" in err
     kept = json.loads((folder / "broken" / "not_finite.json").read_text())
     assert len(kept["records"]) == 4
-    assert kept["metrics"]["loss"] == "nan"
+    assert kept["metrics"]["update_norm"] == "inf"
     assert not any(path.name.isdigit() for path in (folder / "broken" / "checkpoints").glob("*"))
 
 

@@ -147,4 +147,7 @@ def _hold_out(keys, count, seed):
     groups = np.bincount(picture_of)
     turn = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(groups))
     chosen = turn[: np.searchsorted(np.cumsum(groups[turn]), count) + 1] if count else []
-    return np.isin(picture_of, chosen)
+    held_out = np.isin(picture_of, chosen)
+    if held_out.all():
+        raise ValueError(f"data.held_out is {count}, and leaves none to train on, as pictures are few: set it lower")
+    return held_out
