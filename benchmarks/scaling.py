@@ -4,13 +4,13 @@
 
 Each row is `napo_jax.plan` for llava7b.py with one group for each device, or for each few devices that share a row: the
 work of a device stays the same, and what it sends may not. Meshes are copies of the model (data), parameters cut among
-all devices (fsdp), and the same with devices that share rows (fsdp x tensor). Copies of 7B fit no such chip; their
-arithmetic and what they send are counted all the same. Nothing is run: times are what a chip's data sheet gives for
+all devices (fsdp), some of both, and parameters cut with devices that share rows (fsdp x tensor). Whole copies of 7B fit
+no such chip; their arithmetic and what they send are counted all the same. Nothing is run: times are what a chip's data sheet gives for
 what the program computes, moves and sends. Efficiency is the needed arithmetic over the devices' peak for that time,
 where all that is sent is hidden behind work, and where nothing is.
 
-The table goes into docs/plan.md. The last line is JSON; `ratio` is the groups per chip and second of 256 chips over
-those of 8, parameters cut among all, nothing hidden.
+The table goes into docs/plan.md. The last line is JSON; `ratio` is the groups per chip and second of 256 chips, 8 copies
+that are cut among 32 each, over those of 8 chips, among which one copy is cut, nothing hidden.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from plan_table import run as plan
 from plan_table import write_between
 
 TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 32: "v5e:4x8", 64: "v5e:8x8", 128: "v5e:8x16", 256: "v5e:16x16"}
-ROWS = 32  # groups of the paper's batch: more devices than these have to share rows
+# Groups of the paper's batch, of which more devices have to share rows; and the most that parameters are cut among.
+CUT = 32
 TITLES = (
     *("chips", "data x fsdp x tensor", "groups", "state GiB", "peak GiB", "TFLOP done", "all-gather GB", "others GB"),
     *("step s, hidden", "efficiency", "step s, not hidden", "efficiency"),
@@ -31,8 +32,10 @@ TITLES = (
 def meshes(devices):
     """Returns the meshes (data, fsdp, tensor) to compile."""
     found = [(devices, 1, 1), (1, devices, 1), (1, devices // 2, 2)]
-    if devices // 2 > ROWS:
-        found.append((1, ROWS, devices // ROWS))
+    if devices > CUT:
+        found.append((devices // CUT, CUT, 1))
+    if devices > 2 * CUT:
+        found.append((1, CUT, devices // CUT))
     return found
 
 
@@ -80,7 +83,7 @@ def main():
             rows[devices, fsdp, tensor] = row
             print("  ".join(cells(row)), flush=True)
     write_between("scaling", TITLES, map(cells, rows.values()))
-    rate = lambda devices: 1 / seconds(rows[devices, devices, 1])[1]
+    rate = lambda devices: 1 / seconds(rows[devices, min(devices, CUT), 1])[1]
     found = [{"devices": d, "mesh": row["mesh"], "seconds": seconds(row)} for (d, *_), row in rows.items()]
     print(json.dumps({"benchmark": "scaling", "ratio": rate(256) / rate(8), "rows": found}))
 
