@@ -4,13 +4,13 @@
 
 Each row is `napo_jax.plan` for llava7b.py with one group for each device, or for each few devices that share a row: the
 work of a device stays the same, and what it sends may not. Meshes are copies of the model (data), parameters cut among
-all devices (fsdp), some of both, and parameters cut with devices that share rows (fsdp x tensor). Whole copies of 7B fit
-no such chip; their arithmetic and what they send are counted all the same. Nothing is run: times are what a chip's data sheet gives for
-what the program computes, moves and sends. Efficiency is the needed arithmetic over the devices' peak for that time,
-where all that is sent is hidden behind work, and where nothing is.
+all devices (fsdp), some of both, and parameters cut with devices that share rows (fsdp x tensor). Whole copies of 7B
+fit no such chip; their arithmetic and what they send are counted all the same. Nothing is run: times are what a chip's
+data sheet gives for what the program computes, moves and sends. Efficiency is the needed arithmetic over the devices'
+peak for that time, where all that is sent is hidden behind work, and where nothing is.
 
-The table goes into docs/plan.md. The last line is JSON; `ratio` is the groups per chip and second of 256 chips, 8 copies
-that are cut among 32 each, over those of 8 chips, among which one copy is cut, nothing hidden.
+The table goes into docs/plan.md. The last line is JSON; `ratio` is the groups per chip and second of 256 chips, 8
+copies that are cut among 32 each, over those of 8 chips, among which one copy is cut, nothing hidden.
 """
 
 import argparse

@@ -10,9 +10,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 from napo_jax.config import ModelConfig, exit_with_one_line, read_flags
+from napo_jax.hub_files import copy_tokenizer
 from napo_jax.model_source import find_model, is_workdir, load_leaves, load_trained
 from napo_jax.models import Llava
 from napo_jax.optim import unflatten
@@ -88,10 +88,7 @@ def _tokenizer(folder):
         yield None
         return
     with tempfile.TemporaryDirectory() as copy:
-        for file in folder.iterdir():
-            # Not the model's own config, for whose sake `transformers` takes another class and loses the first space.
-            if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name != "config.json":
-                file.copy(epath.Path(copy) / file.name)
+        copy_tokenizer(folder, copy)
         yield copy
 
 

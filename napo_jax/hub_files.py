@@ -246,18 +246,31 @@ def _write_processor(folder, vision):
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
+def copy_tokenizer(folder, into):
+    """Copies the files of a tokenizer, and code or weights none, from a checkpoint's folder to a local one."""
+    for file in epath.Path(folder).iterdir():
+        if file.suffix in (".json", ".model", ".txt", ".jinja"):
+            file.copy(epath.Path(into) / file.name)
+    # Beside a model's config of type llava, `transformers` 5 takes another class than the tokenizer's own and loses the
+    # space that stands before the first word.
+    settings, config = (epath.Path(into) / name for name in ("tokenizer_config.json", "config.json"))
+    if settings.exists() and config.exists() and "tokenizer_class" in read_json(settings):
+        config.unlink()
+
+
 def _write_tokenizer(folder, tokenizer, vocab_size, layout):
     """Writes the tokenizer's files and returns its BOS and EOS ids; llava-hf gets <image>, <pad> and the template."""
     from transformers import AddedToken, AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as stage:  # a copy, for what is added below must not reach the caller's object
-        source = tokenizer
-        if not isinstance(tokenizer, str | os.PathLike):
-            tokenizer.save_pretrained(stage)
-            source = stage
+    # A copy, for what is added below must not reach the caller's object.
+    with tempfile.TemporaryDirectory() as given, tempfile.TemporaryDirectory() as stage:
+        if isinstance(tokenizer, str | os.PathLike):
+            copy_tokenizer(tokenizer, given)
+        else:
+            tokenizer.save_pretrained(given)
         # A batch that generates must end in its prompts. Set here, for a side set later is not saved.
         side = {"padding_side": "left"} if layout == "llava-hf" else {}
-        copy = AutoTokenizer.from_pretrained(source, **side)
+        copy = AutoTokenizer.from_pretrained(given, **side)
         if layout == "llava-hf":
             added = {"<image>": vocab_size, "<pad>": vocab_size + 1}
             copy.add_tokens([AddedToken(token, special=True, normalized=False) for token in added], special_tokens=True)
@@ -271,6 +284,6 @@ def _write_tokenizer(folder, tokenizer, vocab_size, layout):
         copy.save_pretrained(stage)
         for file in epath.Path(stage).iterdir():
             file.copy(folder / file.name)
-        if layout == "llava" and (sentences := epath.Path(source) / "tokenizer.model").exists():
+        if layout == "llava" and (sentences := epath.Path(given) / "tokenizer.model").exists():
             sentences.copy(folder / sentences.name, overwrite=True)  # the original code reads no other
         return copy.bos_token_id, copy.eos_token_id

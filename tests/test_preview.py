@@ -281,13 +281,6 @@ def test_what_the_model_cannot_take_is_said_before_files_are_converted(file, tmp
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_typo_is_met_with_a_proposal(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(preview.Options, ["--config", "configs/debug.py", "--data.batchsize", "4"], description="")
-    assert stop.value.code == 2
-    assert "--data.batch-size" in capsys.readouterr().err
-
-
 def test_every_field_has_its_line_of_help(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(preview.Options, ["--config", "configs/debug.py", "--help"], description="What it does.")

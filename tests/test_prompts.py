@@ -430,6 +430,8 @@ def test_a_tokenizer_reads_the_same_from_either_kind_of_folder(tmp_path):
     original.mkdir()
     write_toy_tokenizer(original)
     (original / "code.py").write_text("raise SystemExit('ran the code of a checkpoint')")
+    # As every checkpoint has. Read beside it, the tokenizer would become another, and prompts begin with "A", not "▁A".
+    (original / "config.json").write_text('{"model_type": "llava"}')
     load_tokenizer(original).save_pretrained(fast)
     want = Prompter(toy_tokenizer()[0])
     for folder in (original, fast):

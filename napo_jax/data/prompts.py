@@ -14,6 +14,7 @@ import tempfile
 from etils import epath
 from tokenizers import Tokenizer
 
+from napo_jax.hub_files import copy_tokenizer
 from napo_jax.models import IMAGE_SLOT
 
 IMAGE = "<image>"
@@ -224,9 +225,7 @@ def load_tokenizer(path):
     if not folder.is_dir():
         raise ValueError(f"{path} is no folder; expected one with the tokenizer of a Hugging Face checkpoint")
     with tempfile.TemporaryDirectory() as copy:  # `transformers` reads no bucket; and no code comes along
-        for file in folder.iterdir():
-            if file.suffix in (".json", ".model", ".txt", ".jinja"):
-                file.copy(epath.Path(copy) / file.name)
+        copy_tokenizer(folder, copy)
         try:
             tokenizer = AutoTokenizer.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of any kind: KeyError, OSError, and plain Exception from the Rust side
