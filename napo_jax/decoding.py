@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from napo_jax.debias import Debias
+
 _NEVER = -1e9  # a score that nothing comes down to
 
 
@@ -28,6 +30,8 @@ class Decoding:
     early_stopping: bool = False
     # Of what is drawn.
     seed: int = 0
+    # Whether what is said is held against what the model says without the picture.
+    debias: Debias = dataclasses.field(default_factory=Debias)
 
     def __post_init__(self):
         """Checks the numbers."""

@@ -4,20 +4,26 @@ A prompt is read once for all of its beams. As soon as some slots are done they 
 does not hold up the others. What a prompt's answer is does not depend on its company, its slot or its turn.
 """
 
+import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from napo_jax.debias import calibrate, contrast, without_picture
 from napo_jax.decoding import Decoding, Search, begin, best, choose
 from napo_jax.models import Llava
 from napo_jax.models.mixing import Kept, NextToken
+from napo_jax.sharding import ROWS, over_rows
 
-_PROMPT_STEP = 64  # prompts are padded to multiples of this many tokens, for each of which a program is compiled
+_PROMPT_STEP = 128  # prompts are padded to multiples of this many tokens, for each of which a program is compiled
+_FIRST_WINDOW = 64  # tokens of answers that are looked at; twice as many as soon as one is longer, and so on
 
 
 class Prompt(NamedTuple):
@@ -38,17 +44,25 @@ class Answer(NamedTuple):
     ended: bool  # whether it came to its end, and not to the most tokens
 
 
+class _Stream(NamedTuple):
+    """A prompt of each slot, with what was said behind it."""
+
+    kept: Kept
+    lengths: jax.Array  # int32[S], of the prompts
+
+
 class _State(NamedTuple):
     search: Search
-    kept: Kept
+    streams: tuple[_Stream, ...]  # the prompts, and those that they are held against: they hear what the first one says
     logits: jax.Array  # float32[S, N, V], of the next token
-    prompt_lengths: jax.Array  # int32[S]
 
 
 class Generator:
     """Generates answers with one model and one way of decoding."""
 
-    def __init__(self, model: Llava, params, decoding: Decoding, *, eos=2, slots=8, prompt_tokens=1024):
+    def __init__(
+        self, model: Llava, params, decoding: Decoding, *, eos=2, unk=0, slots=8, prompt_tokens=1024, mesh=None
+    ):
         """Makes one; programs are compiled when they are needed.
 
         Args:
@@ -56,8 +70,11 @@ class Generator:
           params: its parameters.
           decoding: how answers are decoded.
           eos: the token that ends an answer.
-          slots: prompts that are answered at a time.
+          unk: the token that stands for a picture that is taken away, where `Decoding.debias` wants one.
+          slots: prompts that are answered at a time, over all devices.
           prompt_tokens: the most tokens of a prompt, its image tokens included.
+          mesh: made by `sharding.make_mesh`, on which the parameters lie: slots are cut over its rows, and what is kept
+            of prompts and answers over heads besides. None: one device.
         """
         text = model.config.text
         if prompt_tokens + decoding.max_tokens > text.max_positions:
@@ -65,93 +82,221 @@ class Generator:
                 f"prompts of {prompt_tokens} tokens and answers of {decoding.max_tokens} exceed the model's "
                 f"{text.max_positions} positions"
             )
-        self._model, self._params, self._decoding, self._eos = model, params, decoding, eos
-        self._slots, self._prompt_tokens = slots, prompt_tokens
-        self._together = max(1, slots // 4)  # prompts that are read at a time
-        self._empty = jax.jit(self._empty)  # compiled, so that no two of its arrays are one
-        self._read = jax.jit(self._read, donate_argnums=1)
-        self._go_on = jax.jit(self._go_on, donate_argnums=1)
+        self._rows = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+        if slots % self._rows:
+            raise ValueError(f"{slots} slots do not divide among {self._rows} devices (mesh.data x mesh.fsdp)")
+        self._model, self._params, self._decoding, self._eos, self._unk = model, params, decoding, eos, unk
+        self._slots, self._prompt_tokens, self._mesh = slots, prompt_tokens, mesh
+        self._in_row = max(1, slots // 4 // self._rows)  # prompts that are read at a time, by a row of devices
+        self._others = len(without_picture(np.zeros(0, np.int32), decoding.debias))  # prompts that each is held against
+        places = self._places()
+        self._empty = jax.jit(self._empty, out_shardings=places)  # compiled, so that no two of its arrays are one
+        self._read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
+        self._go_on = jax.jit(self._go_on, donate_argnums=1, static_argnums=2, out_shardings=places)
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much is kept of prompts and answers, over all devices, while they are said."""
+        streams = jax.eval_shape(self._empty).streams
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(streams))
 
     def __call__(self, prompts: Iterable[Prompt]) -> Iterator[Answer]:
         """Yields an answer to each prompt, in the order in which they are done."""
         prompts = iter(prompts)
-        state, keys = self._empty(), [None] * self._slots
-        free, more = list(range(self._slots)), True
-        while more or len(free) < self._slots:
-            while more and len(free) >= self._together:
-                some = list(itertools.islice(prompts, self._together))
-                more = len(some) == self._together
+        together = self._in_row * self._rows
+        with self._on_mesh():
+            state = self._empty()
+        keys, free, more, longest = {}, set(range(self._slots)), True, 0
+        while True:
+            while more and len(free) >= together:
+                places = self._free_places(free)
+                some = list(itertools.islice(prompts, np.count_nonzero(places < self._slots)))
+                more = bool(some)
                 if some:
-                    taken, free = free[: len(some)], free[len(some) :]
-                    for slot, prompt in zip(taken, some, strict=True):
-                        keys[slot] = (prompt.key,)
-                    state = self._read(self._params, state, *self._arrays(some, taken))
-            if len(free) == self._slots:
+                    state = self._take_in(state, some, places)
+                    taken = places[places < self._slots][: len(some)].tolist()
+                    keys |= {slot: prompt.key for slot, prompt in zip(taken, some, strict=True)}
+                    free -= set(taken)
+            if not keys:
                 return
             # Until enough slots are done to read new prompts, or, when there are none, until all are.
-            enough = self._together if more else self._slots - len(free)
-            state = self._go_on(self._params, state, len(free) + enough)
-            tokens, lengths, scores, done = jax.device_get((*best(state.search), state.search.done))
-            for slot in [slot for slot in range(self._slots) if done[slot] and keys[slot] is not None]:
+            enough = min(self._slots, len(free) + together) if more else self._slots
+            with self._on_mesh():
+                state = self._go_on(self._params, state, self._window(longest), enough, self._decoding.max_tokens)
+                tokens, lengths, scores, done, said = self._fetch(state.search)
+            for slot in [slot for slot in keys if done[slot]]:
                 ids = tokens[slot, : lengths[slot]].tolist()
                 ended = bool(ids) and ids[-1] == self._eos
-                yield Answer(keys[slot][0], ids[:-1] if ended else ids, float(scores[slot]), ended)
-                keys[slot] = None
-                free.append(slot)
+                yield Answer(keys.pop(slot), ids[:-1] if ended else ids, float(scores[slot]), ended)
+                free.add(slot)
+            longest = max((int(said[slot]) for slot in keys), default=0)
+
+    def stream(self, prompt: Prompt) -> Iterator[int]:
+        """Yields the tokens of one answer as they are said, without the end."""
+        if self._decoding.beams > 1 or self._slots > 1:
+            raise ValueError(
+                "tokens can be had as they are said with one beam and one slot, got "
+                f"{self._decoding.beams} and {self._slots}: of several beams, none is final before the end"
+            )
+        with self._on_mesh():
+            state = self._take_in(self._empty(), [prompt], self._free_places({0}))
+            for said in range(self._decoding.max_tokens):
+                state = self._go_on(self._params, state, self._window(said), 1, 1)
+                token = int(state.search.tokens[0, 0, said])
+                if token == self._eos:
+                    return
+                yield token
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _places(self):
+        """Returns where the arrays of a state lie."""
+        if self._mesh is None:
+            return None
+        heads = "tensor" if self._model.config.text.kv_heads % self._mesh.shape["tensor"] == 0 else None
+        by_row = over_rows(self._mesh)
+        kept = NamedSharding(self._mesh, PartitionSpec(None, ROWS, None, heads))
+        of_beams = NamedSharding(self._mesh, PartitionSpec(None, ROWS, None, None, heads))
+        stream = _Stream(Kept(kept, kept, of_beams, of_beams), by_row)
+        return _State(Search(*[by_row] * len(Search._fields)), (stream,) * (1 + self._others), by_row)
+
+    def _fetch(self, search):
+        """Returns the best answers, their lengths and scores, which are done, and how much each slot has said."""
+        return jax.device_get((*best(search), search.done, search.said))
+
+    def _window(self, longest):
+        """Returns how many tokens of answers to look at, where the longest has so many and wants to go on."""
+        window = _FIRST_WINDOW
+        while window <= longest:
+            window *= 2
+        return min(window, self._decoding.max_tokens)
+
+    def _free_places(self, free):
+        """Returns int32[R, n]: for each row of devices, slots of its own to fill, and the number of slots for none."""
+        of_row = self._slots // self._rows
+        places = np.full((self._rows, self._in_row), self._slots, np.int32)
+        for row in range(self._rows):
+            own = sorted(slot for slot in free if slot // of_row == row)[: self._in_row]
+            places[row, : len(own)] = own
+        return places
 
     def _empty(self) -> _State:
         """Returns the state of slots without prompts."""
         config, beams = self._model.config, self._decoding.beams
         text, slots = config.text, self._slots
         zeros = lambda *shape: jnp.zeros((text.layers, slots, *shape, text.kv_heads, text.head_width), config.dtype)
-        prompt, beam = (self._prompt_tokens,), (beams, self._decoding.max_tokens)
-        kept = Kept(zeros(*prompt), zeros(*prompt), zeros(*beam), zeros(*beam))
+        said = (beams, self._decoding.max_tokens)
+        kept = lambda: Kept(*[zeros(self._prompt_tokens)] * 2, *[zeros(*said)] * 2)
+        streams = tuple(_Stream(kept(), jnp.ones(slots, jnp.int32)) for _ in range(1 + self._others))
         logits = jnp.zeros((slots, beams, text.vocab_size), jnp.float32)
-        return _State(begin(slots, self._decoding), kept, logits, jnp.ones(slots, jnp.int32))
+        return _State(begin(slots, self._decoding), streams, logits)
 
-    def _arrays(self, prompts, slots):
-        """Returns images, ids, lengths, seeds and slots of prompts, filled up with some that no slot takes."""
+    def _take_in(self, state, prompts, places):
+        """Reads prompts into the first of some places."""
         longest = max(len(prompt.ids) for prompt in prompts)
         if longest > self._prompt_tokens:
             raise ValueError(f"a prompt has {longest} tokens, and there is room for {self._prompt_tokens}")
-        count, size = self._together, self._model.config.vision.image_size
-        width = min(-(-longest // _PROMPT_STEP) * _PROMPT_STEP, self._prompt_tokens)
-        images, ids = np.zeros((count, size, size, 3), np.float32), np.zeros((count, width), np.int32)
-        lengths, seeds = np.ones(count, np.int32), np.zeros(count, np.uint32)
-        places = np.full(count, self._slots, np.int32)  # past the end: written nowhere
-        for row, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
-            if prompt.image is not None:
-                images[row] = prompt.image
-            ids[row, : len(prompt.ids)], lengths[row] = prompt.ids, len(prompt.ids)
-            seeds[row], places[row] = prompt.seed, slot
-        return images, ids, lengths, seeds, places
-
-    def _read(self, params, state, images, ids, lengths, seeds, places):
-        """Reads prompts into slots."""
-        logits, (keys, values) = self._model.prompts(params, images, ids, lengths)
-        kept = state.kept._replace(
-            prompt_keys=state.kept.prompt_keys.at[:, places, : ids.shape[1]].set(keys, mode="drop"),
-            prompt_values=state.kept.prompt_values.at[:, places, : ids.shape[1]].set(values, mode="drop"),
+        count, size = places.size, self._model.config.vision.image_size
+        rows = np.flatnonzero(places < self._slots)[: len(prompts)]
+        local = np.full(count, self._slots, np.int32)  # past the end: written nowhere
+        local[rows] = places.reshape(-1)[rows] % (self._slots // self._rows)
+        seeds = np.zeros(count, np.uint32)
+        seeds[rows] = [prompt.seed for prompt in prompts]
+        images = None
+        if any(prompt.image is not None for prompt in prompts):
+            images = np.zeros((count, size, size, 3), np.float32)
+            for row, prompt in zip(rows, prompts, strict=True):
+                if prompt.image is not None:
+                    images[row] = prompt.image
+        streams = zip(
+            *[(prompt.ids, *without_picture(prompt.ids, self._decoding.debias, self._unk)) for prompt in prompts],
+            strict=True,
         )
-        new = begin(len(places), self._decoding)._replace(seeds=seeds, done=jnp.zeros(len(places), bool))
-        put = functools.partial(jax.tree.map, lambda old, fresh: old.at[places].set(fresh, mode="drop"))
-        logits = jnp.broadcast_to(logits[:, None], (len(places), *state.logits.shape[1:]))
-        search, logits, lengths = put((state.search, state.logits, state.prompt_lengths), (new, logits, lengths))
-        return _State(search, kept, logits, lengths)
+        batches = tuple(self._pad(texts, rows, count) for texts in streams)
+        arrays = (images, batches, seeds, local)
+        if self._mesh is not None:
+            arrays = jax.device_put(arrays, over_rows(self._mesh))
+        with self._on_mesh():
+            return self._read(self._params, state, *arrays)
 
-    def _go_on(self, params, state, enough):
-        """Says tokens until at least so many slots are done."""
+    def _pad(self, texts, rows, count):
+        """Returns ids int32[n, P] and lengths int32[n] with texts in some rows."""
+        width = -(-max(map(len, texts)) // _PROMPT_STEP) * _PROMPT_STEP
+        ids = np.zeros((count, min(width, self._prompt_tokens)), np.int32)
+        lengths = np.ones(count, np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids[row, : len(text)], lengths[row] = text, len(text)
+        return ids, lengths
 
-        def say(state):
-            before, search = state.search.said, choose(state.search, state.logits, self._decoding, self._eos)
-            ids = jnp.take_along_axis(search.tokens, before[:, None, None], axis=2)[..., 0]
-            mix = NextToken(state.prompt_lengths, search.row_of, before)
-            logits, (keys, values) = self._model.next_token(params, ids, mix, state.kept)
+    def _read(self, params, state, images, batches, seeds, local):
+        """Reads prompts into slots."""
+        cut = lambda x: x.reshape(self._rows, -1, *x.shape[1:])
+
+        def put(old, new):
+            """Writes new [n, ...] into some slots of old [S, ...]; each row of devices into its own."""
+            written = jax.vmap(lambda old, new, at: old.at[at].set(new, mode="drop"))(cut(old), cut(new), cut(local))
+            return written.reshape(old.shape)
+
+        def put_prompts(old, new):
+            """Writes new [L, n, P, ...] into the first places of some prompts of old [L, S, ...]."""
+            return jax.vmap(lambda old, new: old.at[:, : new.shape[1]].set(put(old[:, : new.shape[1]], new)))(old, new)
+
+        logits, streams = [], []
+        for i, (stream, (ids, lengths)) in enumerate(zip(state.streams, batches, strict=True)):
+            said, (keys, values) = self._model.prompts(params, None if i else images, ids, lengths)
+            prompts = put_prompts(stream.kept.prompt_keys, keys), put_prompts(stream.kept.prompt_values, values)
+            kept = stream.kept._replace(prompt_keys=prompts[0], prompt_values=prompts[1])
+            logits.append(said)
+            streams.append(_Stream(kept, put(stream.lengths, lengths)))
+        debias = self._decoding.debias
+        first = (calibrate if debias.labels else contrast)(logits[0], logits[1:], debias) if logits[1:] else logits[0]
+        first = jnp.broadcast_to(first[:, None], (len(seeds), *state.logits.shape[1:]))
+        new = begin(len(seeds), self._decoding)._replace(seeds=seeds, done=jnp.zeros(len(seeds), bool))
+        return _State(jax.tree.map(put, state.search, new), tuple(streams), put(state.logits, first))
+
+    def _go_on(self, params, state, window, enough, most):
+        """Says at most so many tokens, until enough slots are done or one has filled the window."""
+        debias = self._decoding.debias
+        whole = state.streams
+        near = lambda kept: kept._replace(
+            beam_keys=kept.beam_keys[:, :, :, :window], beam_values=kept.beam_values[:, :, :, :window]
+        )
+        state = state._replace(streams=tuple(stream._replace(kept=near(stream.kept)) for stream in whole))
+
+        def hear(stream, ids, search, before):
+            """Reads what was said behind one of the prompts; returns the logits of the next token."""
+            mix = NextToken(stream.lengths, search.row_of[:, :, :window], before)
+            logits, (keys, values) = self._model.next_token(params, ids, mix, stream.kept)
             slots = jnp.arange(self._slots)
             write = lambda kept, new: kept.at[:, slots, :, before].set(new.swapaxes(0, 1), mode="drop")
-            kept = state.kept._replace(
-                beam_keys=write(state.kept.beam_keys, keys), beam_values=write(state.kept.beam_values, values)
-            )
-            return _State(search, kept, logits, state.prompt_lengths)
+            keys, values = write(stream.kept.beam_keys, keys), write(stream.kept.beam_values, values)
+            return logits, stream._replace(kept=stream.kept._replace(beam_keys=keys, beam_values=values))
 
-        return jax.lax.while_loop(lambda state: jnp.sum(state.search.done) < enough, say, state)
+        def say(carry):
+            state, times = carry
+            before, search = state.search.said, choose(state.search, state.logits, self._decoding, self._eos)
+            ids = jnp.take_along_axis(search.tokens, before[:, None, None], axis=2)[..., 0]
+            heard = [hear(stream, ids, search, before) for stream in state.streams]
+            logits = [logits for logits, _ in heard]
+            if logits[1:] and not debias.labels:
+                logits[0] = contrast(logits[0], logits[1:], debias)
+            return _State(search, tuple(stream for _, stream in heard), logits[0]), times + 1
+
+        def wanted(carry):
+            search, times = carry[0].search, carry[1]
+            room = jnp.max(jnp.where(search.done, 0, search.said)) < window
+            return (jnp.sum(search.done) < enough) & room & (times < most)
+
+        state, _ = jax.lax.while_loop(wanted, say, (state, 0))
+        put_back = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=3)
+        streams = tuple(
+            new._replace(
+                kept=new.kept._replace(
+                    beam_keys=put_back(old.kept.beam_keys, new.kept.beam_keys),
+                    beam_values=put_back(old.kept.beam_values, new.kept.beam_values),
+                )
+            )
+            for old, new in zip(whole, state.streams, strict=True)
+        )
+        return state._replace(streams=streams)

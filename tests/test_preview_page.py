@@ -14,11 +14,12 @@ from napo_jax.data.corruptions import image_variants
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.images import MEAN, STD, normalise
 from napo_jax.data.prompts import Prompter
+from napo_jax.html_page import Markup, table
 from napo_jax.losses import dpo_loss
 from napo_jax.model_source import find_model
 from napo_jax.objective import Objective, Term
 from napo_jax.preview import summarise
-from napo_jax.preview_page import _table, write_page
+from napo_jax.preview_page import write_page
 
 VARIANTS = ("clean", "diffusion", "shuffle_patches", "swap")
 OBJECTIVE = Objective([Term(v, dpo_loss, "chosen", f"chosen@{v}") for v in VARIANTS[1:]])
@@ -66,8 +67,15 @@ def test_no_token_and_no_prefix_becomes_markup(dataset, tmp_path, monkeypatch):
     assert sum(tag == "img" for tag, _ in tags) == 4
     assert "".join(text).count(HOSTILE) == 1 + 2 * len(OBJECTIVE.cells)
     assert "default-src 'none'" in next(a["content"] for t, a in tags if t == "meta" and "http-equiv" in a)
-    assert "&lt;i&gt;" in _table(("<b>",), [("<i>",)])
-    assert "<i>" not in _table(("<b>",), [("<i>",)])
+
+
+def test_a_table_escapes_all_but_markup_and_puts_numbers_to_the_right():
+    shown = table(("<b>", "n", "share"), [("<i>", None, 0.123), (Markup("<u>x</u>"), 1234, 1.0)])
+    assert re.findall(r"<t[hd]( class=number)?>(.*?)</t[hd]>", shown) == [
+        *[("", "&lt;b&gt;"), (" class=number", "n"), (" class=number", "share")],
+        *[("", "&lt;i&gt;"), (" class=number", "-"), (" class=number", "12.3%")],
+        *[("", "<u>x</u>"), (" class=number", "1,234"), (" class=number", "100.0%")],
+    ]
 
 
 def test_a_group_counts_its_prefix_once_for_each_image(dataset):

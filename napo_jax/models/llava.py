@@ -129,7 +129,11 @@ class _Network(nn.Module):
     def prompts(self, images, ids, lengths):
         """Returns the logits behind each prompt, float32[B, V], and its keys and values, float[L, B, P, G, K]."""
         self._check_positions(ids.shape[1])
-        embeddings = self._embed_prefixes(images[:, None], ids[:, None], lengths[:, None])[:, 0]
+        if images is None:
+            slots = (ids == IMAGE_SLOT)[..., None]
+            embeddings = jnp.where(slots, jnp.nan, self.language.embed(jnp.where(slots[..., 0], 0, ids)))
+        else:
+            embeddings = self._embed_prefixes(images[:, None], ids[:, None], lengths[:, None])[:, 0]
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         with jax.named_scope("language"):
             hidden, kept = self.language(embeddings, positions, Prompts(lengths, self.config.attention))
@@ -240,14 +244,15 @@ class Llava:
 
         Args:
           params: the parameter tree.
-          images: float32[B, I, I, 3], normalised; of no matter to a prompt without image tokens.
+          images: float32[B, I, I, 3], normalised; of no matter to a prompt without image tokens. None if all are such.
           ids: int32[B, P], right-padded, with IMAGE_SLOT where image tokens go: all of them, or none.
           lengths: int32[B].
 
         Returns:
           float32[B, V], the logits of the first token to say; and (keys, values), float[L, B, P, G, K] each.
         """
-        check_images(images, ids.shape[:1], self.config)
+        if images is not None:
+            check_images(images, ids.shape[:1], self.config)
         return self._apply(params, images, ids, lengths, method="prompts")
 
     def next_token(self, params, ids, mix, kept):
