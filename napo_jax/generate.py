@@ -268,9 +268,12 @@ class Generator:
             """Reads what was said behind one of the prompts; returns the logits of the next token."""
             mix = NextToken(stream.lengths, search.row_of[:, :, :window], before)
             logits, (keys, values) = self._model.next_token(params, ids, mix, stream.kept)
-            slots = jnp.arange(self._slots)
-            write = lambda kept, new: kept.at[:, slots, :, before].set(new.swapaxes(0, 1), mode="drop")
-            keys, values = write(stream.kept.beam_keys, keys), write(stream.kept.beam_values, values)
+            # Slot by slot, which tells the compiler that no device needs what another one writes.
+            write = jax.vmap(lambda kept, new, at: kept.at[:, :, at].set(new, mode="drop"), (1, 1, 0), 1)
+            keys, values = (
+                write(stream.kept.beam_keys, keys, before),
+                write(stream.kept.beam_values, values, before),
+            )
             return logits, stream._replace(kept=stream.kept._replace(beam_keys=keys, beam_values=values))
 
         def say(carry):

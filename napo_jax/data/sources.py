@@ -93,26 +93,14 @@ def read_batches(file, columns: Mapping[str, str]) -> Iterator[list[dict[str, An
 
 def parse(values: Mapping[str, Any]) -> Row:
     """Returns what a row holds; raises RowError where it has no picture or no question."""
-    image = _image(values.get("image"))
-    question = _question(values.get("question"))
-    answers = {name: _text(value, "assistant") for name, value in values.items() if name not in _REQUIRED}
+    image = read_image(values.get("image"))
+    question = read_question(values.get("question"))
+    answers = {name: read_text(value, "assistant") for name, value in values.items() if name not in _REQUIRED}
     return Row(image, question, {name: text for name, text in answers.items() if text is not None})
 
 
-def _image(value):
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise RowError("several_images")
-        value = value[0] if value else None
-    if isinstance(value, dict):
-        data = value.get("bytes")
-        value = value.get("path") if data is None else data if isinstance(data, bytes) else None
-    if not isinstance(value, bytes) and not (isinstance(value, str) and value):
-        raise RowError("no_image")
-    return value
-
-
-def _question(value):
+def read_question(value) -> str:
+    """Returns the text of a question's column; raises RowError where there is none."""
     if isinstance(value, list):
         if len(value) > 1:
             raise RowError("several_messages")
@@ -122,13 +110,13 @@ def _question(value):
             and sum(isinstance(part, dict) and part.get("type") == "image" for part in parts) > 1
         ):
             raise RowError("several_images")
-    text = _text(value, "user")
+    text = read_text(value, "user")
     if text is None or not text.strip():
         raise RowError("no_question")
     return text
 
 
-def _text(value, role):
+def read_text(value, role) -> str | None:
     """Returns the text of a column, plain or a conversation of one message; None where there is none."""
     if isinstance(value, list):
         message = value[0] if len(value) == 1 and isinstance(value[0], dict) else {}
@@ -141,6 +129,20 @@ def _text(value, role):
         value.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
         return None
+    return value
+
+
+def read_image(value) -> bytes | str:
+    """Returns what the picture's column holds, encoded or a path; raises RowError where there is no one picture."""
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise RowError("several_images")
+        value = value[0] if value else None
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        value = value.get("path") if data is None else data if isinstance(data, bytes) else None
+    if not isinstance(value, bytes) and not (isinstance(value, str) and value):
+        raise RowError("no_image")
     return value
 
 

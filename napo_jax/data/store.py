@@ -125,6 +125,28 @@ def convert(file, folder, there, columns, *, image_root, exif, workers, report) 
     return find_store(folder)
 
 
+def check_row(values, image_root, exif) -> Record | str:
+    """Returns the record of a row, its picture read to the end, or the reason why there is none.
+
+    Args:
+      values: {our name: value}, as `sources.read_batches` yields them.
+      image_root: the folder that paths of pictures start from, as `real_root` returns it.
+      exif: whether pictures will be turned as their EXIF says.
+    """
+    try:
+        row = parse(values)
+        image = row.image if isinstance(row.image, bytes) else _read_image(image_root, row.image)
+        decode(image, exif=exif)
+    except (RowError, ImageError) as error:
+        return error.reason
+    return Record(_key(image, row), image, row.question, row.answers)
+
+
+def real_root(image_root):
+    """Returns a folder of pictures as symbolic links lead there, so that what lies in it can be told."""
+    return epath.Path(os.path.realpath(image_root)) if is_local(image_root) else image_root
+
+
 def unpack(data: bytes) -> Record:
     """Returns the record that an entry of the ArrayRecord file holds."""
     start = _image_start(data)
@@ -161,8 +183,8 @@ def _lock(file):
 
 def _write(folder, file, columns, image_root, exif, workers, report):
     start, rows, records, dropped, texts = time.monotonic(), 0, 0, Counter(), []
-    image_root = epath.Path(os.path.realpath(image_root)) if is_local(image_root) else image_root
-    check = functools.partial(_check, image_root=image_root, exif=exif)
+    image_root = real_root(image_root)
+    check = functools.partial(check_row, image_root=image_root, exif=exif)
     with (
         contextlib.closing(ArrayRecordWriter(str(folder / _RECORDS), "group_size:1,uncompressed")) as writer,
         pq.ParquetWriter(folder / _TEXTS, _TEXT_SCHEMA) as text_writer,
@@ -193,17 +215,6 @@ def _text_batch(texts):
     columns = zip(*texts, strict=True) if texts else ([] for _ in _TEXT_SCHEMA)
     arrays = [pa.array(column, kind) for column, kind in zip(columns, _TEXT_SCHEMA.types, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=_TEXT_SCHEMA)
-
-
-def _check(values, image_root, exif):
-    """Returns the record of a row, or the reason why there is none."""
-    try:
-        row = parse(values)
-        image = row.image if isinstance(row.image, bytes) else _read_image(image_root, row.image)
-        decode(image, exif=exif)
-    except (RowError, ImageError) as error:
-        return error.reason
-    return Record(_key(image, row), image, row.question, row.answers)
 
 
 def _key(image, row):

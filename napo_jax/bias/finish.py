@@ -1,0 +1,84 @@
+"""The end of a build: answers are judged, and written beside their rows, with a report."""
+
+import dataclasses
+import json
+
+from napo_jax.bias.filters import FILTERS, find_fault
+from napo_jax.bias.inputs import write_output
+from napo_jax.bias.pieces import Line, read_manifest, write_durably, write_manifest
+from napo_jax.bias.report import Report, Row, Said, as_text, write_page
+from napo_jax.bias.work import Work
+from napo_jax.data.sources import RowError, read_image, read_question, read_text
+from napo_jax.decoding import Decoding
+
+_PROVENANCE = ("model", "weights", "dtype", "tokenizer", "image_rule", "decoding")  # settings that go with every row
+
+
+def finish(work: Work, written, filters=FILTERS) -> dict:
+    """Writes the files with their answers, and the report, when all is said; returns the report's summary.
+
+    Args:
+      work: the `Work`.
+      written: what the manifest is to say of it, a dict for JSON.
+      filters: names of the faults that take an answer out.
+    """
+    settings = read_manifest(work.folder, work.settings)["settings"]
+    made_by = {name: settings[name] for name in _PROVENANCE}
+    provenance = {name: json.dumps(made_by | dataclasses.asdict(recipe)) for name, recipe in work.recipes.items()}
+    report = Report(
+        {"model": settings["model"]}
+        | {name: str(recipe) for name, recipe in work.recipes.items()}
+        | {"decoding": _in_short(settings["decoding"]), "filters": ", ".join(filters) or "none"}
+    )
+    before = 0
+    for number, file in enumerate(work.inputs):
+        if not work.wanted(number):
+            break
+
+        def judge(row, values, number=number, before=before):
+            texts = _texts(values)
+            said = {name: _judge(work.lines[number, row, name], texts, filters) for name in work.recipes}
+            report.add(Row(before + row, **texts, said=said))
+            return {name: (None if answer.fault else answer.text, answer.fault) for name, answer in said.items()}
+
+        write_output(file, work.folder, work.wanted(number), list(work.recipes), judge, provenance)
+        before += file.rows
+    summary = report.summary()
+    write_durably(work.folder / "report.json", json.dumps(summary, indent=1))
+    write_durably(work.folder / "report.txt", as_text(summary) + "\n")
+    write_page(work.folder / "report.html", report)
+    write_manifest(work.folder, settings, written)
+    return summary
+
+
+def _judge(line: Line, texts, filters) -> Said:
+    if line.why is not None:
+        return Said(None, 0, line.why)
+    others = (texts["chosen"], texts["rejected"])
+    return Said(line.text, line.tokens, find_fault(line.text, others=others, ended=line.ended, filters=filters))
+
+
+def _texts(values):
+    """Returns what there is of a row, however rotten it is: None for the rest."""
+    image = _or_none(read_image, values.get("image"))
+    answer = lambda name: read_text(values.get(name), "assistant")
+    return {
+        "question": _or_none(read_question, values.get("question")),
+        "chosen": answer("chosen"),
+        "rejected": answer("rejected"),
+        "image": image if isinstance(image, bytes) else None,
+    }
+
+
+def _or_none(read, value):
+    try:
+        return read(value)
+    except RowError:
+        return None
+
+
+def _in_short(decoding):
+    """Returns the parts of a decoding that are not as they are by default."""
+    usual = json.loads(json.dumps(dataclasses.asdict(Decoding())))
+    unusual = [f"{name} {value}" for name, value in decoding.items() if value != usual[name]]
+    return ", ".join(unusual) or "greedy"

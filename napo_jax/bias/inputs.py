@@ -1,0 +1,185 @@
+"""The parquet files that answers are built for: their rows by number, and the same files with the answers beside."""
+
+import concurrent.futures
+import itertools
+import json
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from napo_jax.data.records import find_files
+from napo_jax.data.sources import DataError, RowError, match_columns, read_batches, read_columns, read_question
+from napo_jax.data.store import check_row, is_local, real_root
+
+SUFFIXES = ("", "_fault", "_made_by")  # of an answer's columns: the text, why there is none, and how it was made
+
+
+class InputFile(NamedTuple):
+    """A parquet file."""
+
+    path: epath.Path
+    groups: tuple[int, ...]  # rows of its row groups
+    columns: dict[str, str]  # our name -> its column
+
+    @property
+    def rows(self) -> int:
+        """How many it has."""
+        return sum(self.groups)
+
+
+def open_inputs(paths, names, columns, output) -> list[InputFile]:
+    """Finds the files and looks at their columns; raises DataError if they cannot be used.
+
+    Args:
+      paths: files, folders or globs, local or gs://.
+      names: the answers that will be built.
+      columns: our name -> the file's column, where they differ.
+      output: epath.Path of the folder that files of the same names will be written to.
+    """
+    found = []
+    for file in find_files(paths):
+        if file.suffix != ".parquet":
+            raise DataError(f"{file} is no parquet file; expected files of rows as RLAIF-V has them")
+        there = read_columns(file)
+        for column in (f"{name}{suffix}" for name in names for suffix in SUFFIXES):
+            if column in there:
+                raise DataError(f"{file} has a column {column} already; drop it there, or leave that answer out")
+        matched = match_columns(file, there, columns, ())
+        with file.open("rb") as f:
+            metadata = pq.read_metadata(f)
+        groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        found.append(InputFile(file, groups, matched))
+        if os.fspath(file.parent) == os.fspath(output):
+            raise DataError(f"{file} would be written over; name another folder for the output")
+    names = [file.path.name for file in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"several input files are called {', '.join(twice)}, and so would the output; rename them")
+    if not sum(file.rows for file in found):
+        raise DataError(f"there are no rows in {', '.join(names)}")
+    return found
+
+
+def read_questions(file: InputFile) -> Iterator[str | None]:
+    """Yields the question of each row in order, None where there is none; reads no picture."""
+    for batch in read_batches(file.path, {"question": file.columns["question"]}):
+        for values in batch:
+            try:
+                yield read_question(values["question"])
+            except RowError:
+                yield None
+
+
+def read_rows(file: InputFile, rows: set[int], work: Callable, *, image_root, exif, threads) -> Iterator:
+    """Yields (row number, work(row number, Record or reason)) of some rows in order, with threads ahead of the reader.
+
+    Args:
+      file: the file.
+      rows: the numbers of those wanted.
+      work: called on threads.
+      image_root: the folder that paths of pictures start from; None for that of the file.
+      exif: whether pictures will be turned as their EXIF says.
+      threads: how many.
+    """
+    if not rows:
+        return
+    root = real_root(file.path.parent if image_root is None else epath.Path(image_root))
+    batches = read_batches(file.path, file.columns)
+    wanted = ((i, row) for i, row in enumerate(itertools.chain.from_iterable(batches)) if i in rows)
+    run = lambda number, values: (number, work(number, check_row(values, root, exif)))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        try:
+            for number, values in wanted:
+                waiting.append(pool.submit(run, number, values))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def write_output(file: InputFile, folder, rows: int, names, answers: Callable, provenance: dict[str, str]):
+    """Writes a file again, row group by row group, with columns for the answers.
+
+    Args:
+      file: the file.
+      folder: epath.Path to write it to, under the same name.
+      rows: how many of its rows, from the first.
+      names: of the answers.
+      answers: (row number, {our name: value}) -> {name: (text or None, fault or None)}.
+      provenance: {name: JSON} of how each answer was made.
+    """
+    text = pa.string()
+    # One text for all rows of an answer, which takes no room as a dictionary.
+    types = {"": text, "_fault": text, "_made_by": pa.dictionary(pa.int32(), text)}
+    fields = [pa.field(f"{name}{suffix}", types[suffix]) for name in names for suffix in SUFFIXES]
+    target = folder / file.path.name
+    aside = folder / f"{file.path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    first = 0
+    with file.path.open("rb") as source, aside.open("wb") as sink:
+        parquet = pq.ParquetFile(source)
+        schema = parquet.schema_arrow
+        metadata = _with_features(schema.metadata, [field.name for field in fields])
+        schema = pa.schema([*schema, *fields], metadata)
+        options = {"compression": _compression(parquet.metadata)}
+        with pq.ParquetWriter(sink, schema, **options) as writer:
+            for group, size in enumerate(file.groups):
+                size = min(size, rows - first)
+                if size <= 0:
+                    break
+                table = parquet.read_row_group(group).slice(0, size)
+                found = [answers(first + i, values) for i, values in enumerate(_values(table, file.columns))]
+                arrays = list(table.columns)
+                for name in names:
+                    said, faults = zip(*(answer[name] for answer in found), strict=True)
+                    made_by = pa.DictionaryArray.from_arrays(
+                        pa.array([0] * size, pa.int32()), pa.array([provenance[name]], text)
+                    )
+                    arrays += [pa.array(said, text), pa.array(faults, text), made_by]
+                writer.write_table(pa.table(arrays, schema=schema), row_group_size=max(size, 1))
+                first += size
+        if is_local(target):
+            sink.flush()
+            os.fsync(sink.fileno())
+    aside.replace(target)
+
+
+def _values(table, columns):
+    """Yields {our name: value} of each row of a table."""
+    arrays = {name: table.column(column) for name, column in columns.items()}
+    for i in range(table.num_rows):
+        yield {name: _value(array[i]) for name, array in arrays.items()}
+
+
+def _value(scalar):
+    try:
+        return scalar.as_py()
+    except ValueError:  # not UTF-8
+        return None
+
+
+def _compression(metadata):
+    """Returns the codec of a file's first column, which is almost always that of all."""
+    if not metadata.num_row_groups or not metadata.num_columns:
+        return "snappy"
+    return metadata.row_group(0).column(0).compression.lower().replace("uncompressed", "none")
+
+
+def _with_features(metadata, names):
+    """Returns a schema's metadata with new text columns in what the `datasets` library keeps there of its columns."""
+    metadata = dict(metadata or {})
+    if b"huggingface" in metadata:
+        known = json.loads(metadata[b"huggingface"])
+        features = known.get("info", {}).get("features")
+        if features is not None:
+            features |= {name: {"dtype": "string", "_type": "Value"} for name in names}
+            metadata[b"huggingface"] = json.dumps(known).encode()
+    return metadata or None

@@ -1,0 +1,152 @@
+"""A build under way: what is asked of which rows, what was said, and what is left to say."""
+
+import dataclasses
+import math
+
+from napo_jax.bias.inputs import open_inputs, read_questions, read_rows
+from napo_jax.bias.masks import Asker
+from napo_jax.bias.pieces import Line, Pieces, read_manifest
+from napo_jax.config import Config
+from napo_jax.data.prompts import Prompter, PromptError
+from napo_jax.decoding import Decoding
+from napo_jax.model_source import absolute, find_model
+
+_TOO_LONG = "prefix_too_long"
+
+
+class Work:
+    """A build under way.
+
+    Attributes:
+      folder: epath.Path of all that is written.
+      inputs: list of `InputFile`.
+      rows: how many of their rows are wanted, from the first.
+      recipes: {name of an answer: `Recipe`}.
+      source: where the model comes from, a `model_source.Source`; and `shape`, its `LlavaConfig`.
+      tokenizer: the model's.
+      settings: all that decides the answers, a dict for JSON.
+      manifest: what an earlier call has left; empty if there was none.
+      lines: {(file, row, name): `Line`} of what was said so far.
+    """
+
+    def __init__(self, config: Config, paths, folder, recipes, decoding: Decoding, *, limit=None, piece=64):
+        """Looks at the inputs and at what was said so far; raises one line if something cannot be used.
+
+        Args:
+          config: the `Config`; of its data, how rows are read.
+          paths: of the input files.
+          folder: to write to.
+          recipes: {name of an answer: `Recipe`}.
+          decoding: the `Decoding`.
+          limit: how many rows are wanted, from the first; None: all.
+          piece: lines of a piece.
+        """
+        self.folder, self.recipes, self._decoding, self._data = absolute(folder), recipes, decoding, config.data
+        self.inputs = open_inputs(paths, recipes, config.data.columns, self.folder)
+        self.source = find_model(config.model, config.train.seed)
+        self.tokenizer, self.shape = self.source.tokenizer, self.source.shape
+        data, unk = config.data, self.tokenizer.unk_token_id
+        self.unk = 0 if unk is None else unk
+        prompter = Prompter(self.tokenizer, data.template, self.shape.vision.image_tokens)
+        looks = {"image_rule": data.image_rule, "exif": data.exif, "seed": decoding.seed, "unk": self.unk}
+        self._askers = {name: Asker(recipe, prompter, self.shape.vision, **looks) for name, recipe in recipes.items()}
+        self.settings = {
+            "model": str(self.source),
+            "dtype": config.model.dtype,
+            "tokenizer": prompter.fingerprint,
+            "answers": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+            "decoding": dataclasses.asdict(decoding),
+            "image_rule": data.image_rule,
+            "exif": data.exif,
+            "columns": data.columns,
+            "inputs": [[file.path.name, file.rows] for file in self.inputs],
+        }
+        self.manifest = read_manifest(self.folder, self.settings)
+        self.rows = min(sum(file.rows for file in self.inputs), limit or math.inf)
+        self._pieces = Pieces(self.folder, size=piece)
+        self.lines = {}
+        self.read_pieces()
+
+    def wanted(self, number):
+        """Returns how many rows of a file are wanted, from its first."""
+        before = sum(file.rows for file in self.inputs[:number])
+        return max(0, min(self.inputs[number].rows, self.rows - before))
+
+    def read_pieces(self):
+        """Takes in what was said since the last time, by any process."""
+        self.lines |= {line.key: line for line in self._pieces.new()}
+
+    def missing(self, name, share=(0, 1)) -> dict[int, set[int]]:
+        """Returns {file: rows} that have no answer of a name yet.
+
+        Args:
+          name: of the answer.
+          share: (i, n), for every n-th row alone.
+        """
+        index, count = share
+        return {
+            number: {row for row in range(index, self.wanted(number), count) if (number, row, name) not in self.lines}
+            for number in range(len(self.inputs))
+        }
+
+    def count_missing(self, share=(0, 1)) -> int:
+        """Returns how many answers there are left to say."""
+        return sum(len(rows) for name in self.recipes for rows in self.missing(name, share).values())
+
+    def is_done(self) -> bool:
+        """Tells whether all is said, by this process and the others."""
+        self.read_pieces()
+        return not self.count_missing()
+
+    def room(self, name) -> int:
+        """Returns the most tokens of a prompt: those of the longest one that leaves room for an answer."""
+        most = self.shape.text.max_positions - self._decoding.max_tokens
+        if most < 1:
+            raise ValueError(
+                f"decoding.max_tokens is {self._decoding.max_tokens}, and the model has "
+                f"{self.shape.text.max_positions} positions, for the prompt too: lower it"
+            )
+        longest = 1
+        for number, file in enumerate(self.inputs):
+            if self.wanted(number):
+                questions = [question for question in read_questions(file) if question is not None]
+                lengths = [len(ids) for ids in self._askers[name].ids(questions) if not isinstance(ids, Exception)]
+                longest = max([longest, *(length for length in lengths if length <= most)])
+        return longest
+
+    def prompts(self, name, room, share=(0, 1)):
+        """Yields the prompts of rows that have no answer of a name yet; why a row gives none is kept as its line.
+
+        Args:
+          name: of the answer.
+          room: the most tokens of a prompt.
+          share: as for `missing`.
+        """
+
+        def ask(number, row, record):
+            if isinstance(record, str):
+                return record
+            try:
+                prompt = self._askers[name]((number, row), record, name)
+            except PromptError as error:
+                return error.reason
+            return prompt if len(prompt.ids) <= room else _TOO_LONG
+
+        data = self._data
+        look = {"image_root": data.image_root, "exif": data.exif, "threads": data.threads}
+        for number, rows in self.missing(name, share).items():
+            work = lambda row, record, number=number: ask(number, row, record)
+            for row, prompt in read_rows(self.inputs[number], rows, work, **look):
+                if isinstance(prompt, str):
+                    self.keep(Line(number, row, name, None, 0, False, None, prompt))
+                else:
+                    yield prompt
+
+    def keep(self, line):
+        """Keeps what was said."""
+        self.lines[line.key] = line
+        self._pieces.add(line)
+
+    def flush(self):
+        """Writes what is kept and not on disk yet."""
+        self._pieces.flush()

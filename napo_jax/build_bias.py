@@ -1,0 +1,225 @@
+"""Builds biased answers: `python -m napo_jax.build_bias --config configs/llava7b.py --input FILES --output DIR`.
+
+Each row of some parquet files of preferences is answered with the picture taken away, `question_only`, and with the
+question taken away, `image_only`. The same command, given again, goes on where it was.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from napo_jax.bias.filters import FILTERS
+from napo_jax.bias.finish import finish
+from napo_jax.bias.masks import Recipe
+from napo_jax.bias.pieces import Line, read_manifest, write_manifest
+from napo_jax.bias.work import Work
+from napo_jax.config import Config, exit_with_one_line, parse
+from napo_jax.decoding import Decoding
+from napo_jax.generate import Generator
+from napo_jax.journal import StoppedError
+from napo_jax.metrics import Console
+from napo_jax.model_source import load_leaves
+from napo_jax.models import Llava
+from napo_jax.optim import unflatten
+from napo_jax.preemption import StopSignal
+from napo_jax.processes import together
+from napo_jax.reference_cache import weights_digest
+from napo_jax.sharding import make_mesh
+
+_INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
+_WAIT = 2.0  # seconds between looks at what other processes have done
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command's own options."""
+
+    # Parquet files of preferences: paths, folders or globs, local or gs://.
+    input: tuple[str, ...] = ()
+    # The folder for the pieces, the files with the answers beside their rows, and the report. Local or gs://.
+    output: str | None = None
+    # How the picture is taken away for question_only: no_image, blank, white, black, mean, noise, or another image
+    # variant; the question is kept.
+    image_mask: str = "no_image"
+    # How the question is taken away for image_only: empty or generic; the picture is kept.
+    question_mask: str = "empty"
+    # More answers to the question about a changed picture, each a name and an image mask: noisy diffusion.
+    also: dict[str, str] = dataclasses.field(default_factory=dict)
+    # How answers are decoded.
+    decoding: Decoding = dataclasses.field(default_factory=lambda: Decoding(beams=3, max_tokens=1024))
+    # Which faults take an answer out. They are looked for when the files are written: answers are not made again.
+    filters: tuple[Literal["empty", "equal", "cut", "repeats"], ...] = FILTERS
+    # The first so many rows alone, to try things out; without it the same command goes on with the rest.
+    limit: int | None = None
+    # Say what would be done, and do nothing.
+    dry_run: bool = False
+    # Prompts that are answered at a time on each device of mesh.data x mesh.fsdp.
+    slots: int = 8
+    # Answers that are written at a time: as many may be lost when the process is killed.
+    piece: int = 64
+    # Whether this is one of several processes that build together, one for each host. Each has a model of its own.
+    distributed: bool = False
+
+    def __post_init__(self):
+        """Checks the numbers and the masks."""
+        for name in ("limit", "slots", "piece"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if taken := sorted({"question_only", "image_only"} & self.also.keys()):
+            raise ValueError(f"also names {taken[0]}, which is built anyway; choose another name")
+        self.recipes  # noqa: B018  raises if a mask is not known
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """How the prompt of each answer is made."""
+        return {
+            "question_only": Recipe(image=self.image_mask),
+            "image_only": Recipe(question=self.question_mask),
+        } | {name: Recipe(image=mask) for name, mask in self.also.items()}
+
+
+def build(config: Config, options: Options, console=None):
+    """Builds the answers, or goes on with them; returns the report's summary, None where another process writes it."""
+    if not options.input or options.output is None:
+        raise ValueError("say what to read and where to write: --input rlaifv/*.parquet --output biased/")
+    console = console or Console()
+    decoding, limit = options.decoding, options.limit
+    work = Work(config, options.input, options.output, options.recipes, decoding, limit=limit, piece=options.piece)
+    written = {"rows": work.rows, "filters": sorted(options.filters)}
+    for line in _plan(work, decoding):
+        console.note(line)
+    if options.dry_run:
+        return None
+    report = work.folder / "report.json"
+    files = [file.path.name for number, file in enumerate(work.inputs) if work.wanted(number)]
+    there = all((work.folder / name).exists() for name in (*files, report.name))
+    if there and not work.count_missing() and work.manifest.get("written") == written:
+        console.note(f"all of that is done: {report.with_suffix('.html')}")
+        return json.loads(report.read_text())
+    with StopSignal(alone=True) as stop:
+        if work.count_missing():
+            _say(work, config, options, console, stop)
+            _wait(work.is_done, stop)
+        if jax.process_index() > 0:
+            _wait(lambda: read_manifest(work.folder, {}).get("written") == written, stop)
+            return None
+    summary = finish(work, written, options.filters)
+    for name, answers in summary["answers"].items():
+        why = "".join(f", {fault} {count}" for fault, count in answers["faults"].items())
+        console.note(f"{name}: {answers['kept']} of {answers['rows']} kept{why}")
+    console.note(f"wrote {work.folder}; see {report.with_suffix('.html')}")
+    return summary
+
+
+def _plan(work, decoding):
+    """Yields what a person wants to read before it starts."""
+    yield f"model    {work.source}"
+    for name, recipe in work.recipes.items():
+        yield f"answers  {name}: {recipe}; prompts of up to {work.room(name)} tokens"
+    how = f"{decoding.beams} beams" if decoding.beams > 1 else "drawn" if decoding.temperature else "greedy"
+    yield f"decoding {how}, {decoding.max_tokens} tokens at most"
+    files = len(work.inputs)
+    yield f"rows     {work.rows} in {files} file{'s' if files > 1 else ''}; {work.count_missing()} answers to go"
+    yield f"output   {work.folder}"
+
+
+def _say(work, config, options, console, stop):
+    """Says this process's share of the answers."""
+    share = (jax.process_index(), jax.process_count()) if options.distributed else (0, 1)
+    dtype = jnp.dtype(config.model.dtype)
+    model = Llava(
+        dataclasses.replace(work.shape, dtype=dtype, param_dtype=dtype, attention=config.model.attention, remat="none")
+    )
+    # Each process has a mesh of its own devices: none waits for another's longest answer.
+    mesh = make_mesh(config.mesh, jax.local_devices())
+    slots = options.slots * mesh.shape["data"] * mesh.shape["fsdp"]
+    params = unflatten(load_leaves(work.source, model, mesh))
+    work.settings["weights"] = weights_digest(params, mesh)
+    read_manifest(work.folder, work.settings)
+    if jax.process_index() == 0 and not work.manifest:
+        write_manifest(work.folder, work.settings)
+    progress = _Progress(console, len(work.lines), work.count_missing(share))
+    try:
+        for name in work.recipes:
+            if not any(work.missing(name, share).values()):
+                continue
+            room = work.room(name)
+            generator = Generator(
+                model,
+                params,
+                options.decoding,
+                eos=work.tokenizer.eos_token_id,
+                unk=work.unk,
+                slots=slots,
+                prompt_tokens=room,
+                mesh=mesh,
+            )
+            size = generator.kept_bytes / mesh.size / 2**30
+            console.note(f"{name}: prompts of up to {room} tokens, {slots} at a time, {size:.2f} GiB a device for them")
+            for answer in generator(work.prompts(name, room, share)):
+                text = work.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+                tokens = len(answer.ids) + answer.ended
+                work.keep(Line(*answer.key, name, text, tokens, answer.ended, round(answer.score, 6), None))
+                progress(len(work.lines), tokens)
+                _check(stop)
+    finally:
+        work.flush()
+        console.close()
+
+
+def _wait(done, stop):
+    """Waits for what other processes do."""
+    while not done():
+        _check(stop)
+        time.sleep(_WAIT)
+
+
+def _check(stop):
+    """Raises if the process was asked to end."""
+    if stop.got:
+        raise StoppedError(
+            "asked to stop: what was said is kept, and the same command goes on from there", _INTERRUPTED
+        )
+
+
+class _Progress:
+    """Shows every few seconds how far this process is."""
+
+    def __init__(self, console, before, total, seconds=5.0):
+        self._console, self._before, self._total, self._seconds = console, before, total, seconds
+        self._start = self._last = time.monotonic()
+        self._tokens = 0
+
+    def __call__(self, lines, tokens):
+        """Takes how many lines there are now, and the tokens of the last one."""
+        done, now = lines - self._before, time.monotonic()
+        self._tokens += tokens
+        if now - self._last < self._seconds and done < self._total:
+            return
+        self._last, seconds = now, now - self._start
+        left = round((self._total - done) * seconds / done)
+        self._console.progress(
+            f"{done} of {self._total} answers, {done / seconds:.2f} answers/s, {self._tokens / seconds:.0f} tokens/s, "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        )
+
+
+def main(argv=None):
+    """Runs the command."""
+    config, options = parse(Options, argv, description=__doc__)
+    with together() if options.distributed else contextlib.nullcontext():
+        try:
+            build(config, options)
+        except StoppedError as reason:
+            print(reason, file=sys.stderr)
+            raise SystemExit(reason.status) from None
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
