@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from napo_jax.bias.filters import FILTERS
-from napo_jax.bias.finish import finish
+from napo_jax.bias.finish import PAGE, SUMMARY, finish
 from napo_jax.bias.masks import Recipe
 from napo_jax.bias.pieces import Line, read_manifest, write_manifest
 from napo_jax.bias.work import Work
@@ -96,12 +96,11 @@ def build(config: Config, options: Options, console=None):
         console.note(line)
     if options.dry_run:
         return None
-    report = work.folder / "report.json"
     files = [file.path.name for number, file in enumerate(work.inputs) if work.wanted(number)]
-    there = all((work.folder / name).exists() for name in (*files, report.name))
+    there = all((work.folder / name).exists() for name in (*files, SUMMARY, PAGE))
     if there and not work.count_missing() and work.manifest.get("written") == written:
-        console.note(f"all of that is done: {report.with_suffix('.html')}")
-        return json.loads(report.read_text())
+        console.note(f"all of that is done: {work.folder / PAGE}")
+        return json.loads((work.folder / SUMMARY).read_text())
     with StopSignal(alone=True) as stop:
         if work.count_missing():
             _say(work, config, options, console, stop)
@@ -113,7 +112,7 @@ def build(config: Config, options: Options, console=None):
     for name, answers in summary["answers"].items():
         why = "".join(f", {fault} {count}" for fault, count in answers["faults"].items())
         console.note(f"{name}: {answers['kept']} of {answers['rows']} kept{why}")
-    console.note(f"wrote {work.folder}; see {report.with_suffix('.html')}")
+    console.note(f"wrote {work.folder}; see {work.folder / PAGE}")
     return summary
 
 

@@ -5,12 +5,13 @@ import json
 
 from napo_jax.bias.filters import FILTERS, find_fault
 from napo_jax.bias.inputs import write_output
-from napo_jax.bias.pieces import Line, read_manifest, write_durably, write_manifest
+from napo_jax.bias.pieces import BOOKKEEPING, Line, read_manifest, write_durably, write_manifest
 from napo_jax.bias.report import Report, Row, Said, as_text, write_page
 from napo_jax.bias.work import Work
 from napo_jax.data.sources import RowError, read_image, read_question, read_text
 from napo_jax.decoding import Decoding
 
+SUMMARY, PAGE, TEXT = f"{BOOKKEEPING}/report.json", "report.html", "report.txt"  # where the report is
 _PROVENANCE = ("model", "weights", "dtype", "tokenizer", "image_rule", "decoding")  # settings that go with every row
 
 
@@ -44,9 +45,9 @@ def finish(work: Work, written, filters=FILTERS) -> dict:
         write_output(file, work.folder, work.wanted(number), list(work.recipes), judge, provenance)
         before += file.rows
     summary = report.summary()
-    write_durably(work.folder / "report.json", json.dumps(summary, indent=1))
-    write_durably(work.folder / "report.txt", as_text(summary) + "\n")
-    write_page(work.folder / "report.html", report)
+    write_durably(work.folder / SUMMARY, json.dumps(summary, indent=1))
+    write_durably(work.folder / TEXT, as_text(summary) + "\n")
+    write_page(work.folder / PAGE, report)
     write_manifest(work.folder, settings, written)
     return summary
 

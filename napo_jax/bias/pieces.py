@@ -15,7 +15,8 @@ from etils import epath
 
 from napo_jax.data.store import is_local
 
-_MANIFEST, _FOLDER = "manifest.json", "pieces"
+BOOKKEEPING = "build"  # the folder inside that of the build: what reads the build's files as data must not meet it
+_MANIFEST, _PIECES = "manifest.json", "pieces"
 _NAMED = "model"  # a setting that only tells people; weights are told apart by what they are
 
 
@@ -48,7 +49,7 @@ class Pieces:
           size: lines of a piece.
           seconds: the longest that a line waits for others.
         """
-        self._folder, self._size, self._seconds = folder / _FOLDER, size, seconds
+        self._folder, self._size, self._seconds = folder / BOOKKEEPING / _PIECES, size, seconds
         self._lines, self._since, self._read = [], time.monotonic(), set()
 
     def new(self) -> Iterator[Line]:
@@ -59,7 +60,8 @@ class Pieces:
             if file.name in self._read:
                 continue
             self._read.add(file.name)
-            for number, text in enumerate(file.read_text().splitlines(), 1):
+            # At newlines alone: a text may hold other characters that end lines.
+            for number, text in enumerate(file.read_text().rstrip("\n").split("\n"), 1):
                 try:
                     yield Line(**json.loads(text))
                 except (ValueError, TypeError):
@@ -95,7 +97,7 @@ def read_manifest(folder, settings) -> dict:
     Raises:
       ValueError: the folder was begun with other settings.
     """
-    file = folder / _MANIFEST
+    file = folder / BOOKKEEPING / _MANIFEST
     if not file.exists():
         return {}
     manifest = json.loads(file.read_text())
@@ -117,8 +119,9 @@ def write_manifest(folder, settings, written=None):
       settings: as for `read_manifest`, complete.
       written: what is said of the finished build; None while it is under way.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / _MANIFEST, json.dumps({"settings": settings, "written": written}, indent=1))
+    file = folder / BOOKKEEPING / _MANIFEST
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(file, json.dumps({"settings": settings, "written": written}, indent=1))
 
 
 def write_durably(file, text):

@@ -1,0 +1,277 @@
+"""Biased answers, built: what the model says to masked prompts, in the rows that they belong to, whatever happens."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from quick import quick_jit
+from speaking_model import write_speaking_model
+from test_torture import GOOD, ROWS
+
+from napo_jax import build_bias
+from napo_jax.bias.masks import Recipe
+from napo_jax.build_bias import Options, build, main
+from napo_jax.config import DataConfig, exit_with_one_line, load_config
+from napo_jax.data.prompts import Prompter, load_tokenizer
+from napo_jax.data.records import open_records
+from napo_jax.decoding import Decoding
+from napo_jax.generate import Generator, Prompt
+from napo_jax.metrics import Console
+from napo_jax.sharding import MeshConfig, make_mesh
+from napo_jax.weights import load_pretrained
+
+DECODING = Decoding(beams=3, max_tokens=20)
+NAMES = ("question_only", "image_only")
+
+
+@pytest.fixture(autouse=True)
+def fast_compiles(monkeypatch):
+    monkeypatch.setattr(build_bias.jax, "jit", quick_jit)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Has a model, and a file of eleven good rows."""
+    folder = tmp_path_factory.mktemp("bias")
+    write_speaking_model(folder / "model")
+    (folder / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist([row(i) for i in range(11)]), folder / "in" / "a.parquet", row_group_size=4)
+    return folder
+
+
+def row(number, **change):
+    data = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (24, 36, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(data, "PNG")
+    words = " ".join(np.random.default_rng(number).choice(["bear", "red", "is", "how", "many", "dogs"], 2 + number % 4))
+    return {"image": data.getvalue(), "question": f"{words}?", "chosen": "A dog.", "rejected": "A cat."} | change
+
+
+def config_of(folder, **data):
+    config = load_config("configs/debug.py")
+    model = dataclasses.replace(config.model, path=str(folder / "model"))
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, **data))
+
+
+def run(folder, name, devices=1, mesh=None, source="in", **options):
+    """Builds into a folder; returns the rows of the first file that it wrote, and the summary."""
+    options = {"decoding": DECODING, "slots": 4, "piece": 5} | options
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_bias, "make_mesh", lambda config, _: make_mesh(config, jax.devices()[:devices]))
+        config = dataclasses.replace(config_of(folder), mesh=mesh or MeshConfig())
+        everything = Options(input=(str(folder / source),), output=str(folder / name), **options)
+        summary = build(config, everything, Console(said))
+    files = sorted((folder / name).glob("*.parquet"))
+    return (pq.read_table(files[0]).to_pylist() if files else None), summary, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """What an uninterrupted build on one device writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_bias.jax, "jit", quick_jit)
+        return run(folder, "whole")
+
+
+def test_answers_are_what_the_model_says_to_masked_prompts(folder, whole, tmp_path):
+    """Prompts by hand and one at a time, against the builder's."""
+    model, params = load_pretrained(folder / "model", dtype=jnp.float32, remat="none")
+    tokenizer = load_tokenizer(folder / "model")
+    prompter = Prompter(tokenizer, "llava_v1", model.config.vision.image_tokens)
+    records = open_records(folder / "in", cache=tmp_path)
+    pictures = DataConfig().image_rule
+    from napo_jax.data.images import decode, fit, normalise
+
+    generator = Generator(model, params, DECODING, eos=tokenizer.eos_token_id, slots=1, prompt_tokens=300)
+    rows, summary, _ = whole
+    assert len(rows) == len(records) == 11
+    for i, built in enumerate(rows):
+        record = records[i]
+        picture = np.asarray(normalise(fit(decode(record.image), model.config.vision.image_size, pictures)))
+        asked = {
+            "question_only": Prompt(0, np.array(prompter.prefix(record.question, image=False), np.int32)),
+            "image_only": Prompt(0, np.array(prompter.prefix(""), np.int32), picture),
+        }
+        for name, prompt in asked.items():
+            (answer,) = generator([prompt])
+            text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+            assert (built[name], built[f"{name}_fault"]) == ((text, None) if answer.ended else (None, "cut")), (i, name)
+    for name in NAMES:
+        kept = [built[name] for built in rows if built[name] is not None]
+        assert summary["answers"][name]["kept"] == len(kept)
+        assert len(set(kept)) > 2, "all answers are the same"
+
+
+def test_every_row_says_how_it_was_made(whole):
+    rows, _, _ = whole
+    made_by = {name: json.loads(rows[0][f"{name}_made_by"]) for name in NAMES}
+    assert made_by["question_only"]["image"] == "no_image"
+    assert made_by["question_only"]["question"] == "kept"
+    assert made_by["image_only"]["question"] == "empty"
+    assert made_by["image_only"]["decoding"] == json.loads(json.dumps(dataclasses.asdict(DECODING)))
+    assert len(made_by["image_only"]["weights"]) == 32
+    assert made_by["image_only"]["model"].endswith("/model")
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [(2, MeshConfig(data=2, fsdp=1)), (8, MeshConfig(data=2, fsdp=4)), (8, MeshConfig(data=1, fsdp=8))],
+    ids=["2", "8", "8 fsdp"],
+)
+def test_any_devices_write_the_same(folder, whole, devices, mesh):
+    rows, _, _ = run(folder, f"on{devices}{mesh.fsdp}", devices, mesh, slots=1)
+    assert rows == whole[0]
+
+
+def test_rotten_rows_are_counted_and_shift_nothing(folder):
+    """Beside each good row, what is said to it must be what is said without its rotten neighbours."""
+    schema = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in ("question", "chosen", "rejected"))])
+    rotten = [{key: change.get(key, GOOD[key]) for key in schema.names} for change, _ in ROWS]
+    good = [row(100 + i) for i in range(len(rotten))]
+    mixed = [each for pair in zip(rotten, good, strict=True) for each in pair]
+    for name, rows in (("mixed", mixed), ("good", good)):
+        (folder / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, schema), folder / name / "a.parquet")
+    options = {"decoding": Decoding(max_tokens=8), "slots": 16, "filters": ("empty",)}
+    among, summary, _ = run(folder, "out mixed", source="mixed", **options)
+    alone, _, _ = run(folder, "out good", source="good", **options)
+    assert [each["image"] for each in among] == [each["image"] for each in mixed]
+    for name in NAMES:
+        assert [each[name] for each in among[1::2]] == [each[name] for each in alone]
+        reasons = {}
+        for (change, reason), built in zip(ROWS, among[::2], strict=True):
+            if not change.keys() <= set(schema.names):
+                reason = None  # of a column that is not there
+            # What is wrong with an answer does not matter here, nor what is wrong with a question that is not asked.
+            if reason in ("no_chosen", "empty_rejected"):
+                reason = None
+            if name == "image_only" and reason in ("several_image_markers", "prefix_too_long"):
+                reason = None
+            fault = built[f"{name}_fault"]
+            assert fault in ((reason,) if reason else (None, "empty")), (change, name)
+            assert (built[name] is None) == (fault is not None)
+            if fault:
+                reasons[fault] = reasons.get(fault, 0) + 1
+        assert {k: v for k, v in summary["answers"][name]["faults"].items() if k != "empty"} == {
+            k: v for k, v in reasons.items() if k != "empty"
+        }
+        assert len(reasons) >= 6
+
+
+def test_filters_are_switched_without_saying_anything_again(folder, monkeypatch):
+    first, summary, _ = run(folder, "filters", decoding=Decoding(max_tokens=8))
+    assert summary["answers"]["question_only"]["faults"]["cut"] > 2
+    monkeypatch.setattr(build_bias, "Generator", None)
+    every, summary, said = run(folder, "filters", decoding=Decoding(max_tokens=8), filters=())
+    assert summary["answers"]["question_only"]["faults"] == {}
+    assert "filters                   none" in (folder / "filters" / "report.txt").read_text()
+    for before, after in zip(first, every, strict=True):
+        assert after["question_only"] is not None
+        assert before["question_only"] in (None, after["question_only"])
+    _, _, said = run(folder, "filters", decoding=Decoding(max_tokens=8), filters=())
+    assert "all of that is done" in said
+    (folder / "filters" / "a.parquet").unlink()
+    again, _, said = run(folder, "filters", decoding=Decoding(max_tokens=8), filters=())
+    assert again == every
+
+
+def test_some_rows_first_and_then_the_rest(folder, whole):
+    few, summary, _ = run(folder, "limit", limit=3)
+    assert few == whole[0][:3]
+    assert summary["rows"] == 3
+    before = {file.name for file in (folder / "limit" / "build" / "pieces").iterdir()}
+    rows, _, said = run(folder, "limit")
+    assert rows == whole[0]
+    assert "16 answers to go" in said
+    assert before < {file.name for file in (folder / "limit" / "build" / "pieces").iterdir()}
+
+
+def test_a_dry_run_writes_nothing(folder, monkeypatch):
+    monkeypatch.setattr(build_bias, "load_leaves", None)
+    rows, _, said = run(folder, "dry", dry_run=True)
+    assert rows is None
+    assert not (folder / "dry").exists()
+    for words in ("question_only: image no_image", "3 beams, 20 tokens at most", "rows     11 in 1 file; 22 answers"):
+        assert words in said
+
+
+def test_other_masks_and_another_answer(folder):
+    options = {"also": {"noisy": "diffusion"}, "image_mask": "black", "question_mask": "generic"}
+    options |= {"decoding": Decoding(max_tokens=8, temperature=1.0, seed=1), "filters": (), "limit": 3}
+    rows, _, _ = run(folder, "also", **options)
+    assert len({tuple(each[name] for each in rows) for name in (*NAMES, "noisy")}) == 3
+    made_by = {name: json.loads(rows[0][f"{name}_made_by"]) for name in (*NAMES, "noisy")}
+    masks = {name: (made["image"], made["question"]) for name, made in made_by.items()}
+    assert masks == {
+        "question_only": ("black", "kept"),
+        "image_only": ("kept", "generic"),
+        "noisy": ("diffusion", "kept"),
+    }
+    again, _, _ = run(folder, "also again", slots=1, piece=1, **options)
+    assert again == rows, "what is drawn does not repeat itself"
+
+
+def test_a_folder_that_was_begun_in_another_way_is_refused(folder, whole):
+    with pytest.raises(ValueError, match=r"whole was begun with decoding.beams 3, and not 1"):
+        run(folder, "whole", decoding=Decoding(max_tokens=20))
+    with pytest.raises(ValueError, match=r'begun with answers.question_only.image "no_image", and not "black"'):
+        run(folder, "whole", image_mask="black")
+
+
+def test_other_weights_are_refused_before_anything_is_said(folder, monkeypatch):
+    run(folder, "weights", limit=1)
+    load = build_bias.load_leaves
+    monkeypatch.setattr(
+        build_bias, "load_leaves", lambda *args: {path: leaf * 1.5 for path, leaf in load(*args).items()}
+    )
+    with pytest.raises(ValueError, match="weights was begun with weights "):
+        run(folder, "weights")
+
+
+def test_the_files_are_what_training_reads(folder, whole):
+    records = open_records(folder / "whole", cache=folder / "cache", answers=("chosen", "rejected", *NAMES))
+    assert len(records) == 11
+    said = [dict(answers) for _, _, answers in records.texts()]
+    assert [each.get("image_only") for each in said] == [each["image_only"] for each in whole[0]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "say what to read and where to write"),
+        (["--input", "nothing.parquet", "--output", "x"], "nothing.parquet names no file"),
+        (["--input", "IN", "--output", "x", "--image-mask", "grey"], "there is no image mask 'grey'"),
+        (["--input", "IN", "--output", "x", "--also", "image_only", "noise"], "also names image_only"),
+        (["--input", "IN", "--output", "x", "--limit", "0"], "limit must be at least 1"),
+        (["--input", "IN", "--output", "x", "--decoding.max-tokens", "5000"], "lower it"),
+        (["--input", "IN", "--output", "x", "--filters", "long"], "filters"),
+        (["--input", "IN", "--output", "x", "--decodin.beams", "2"], "--decoding.beams"),
+    ],
+)
+def test_wrong_usage_is_one_line(folder, tmp_path, capsys, monkeypatch, flags, message):
+    flags = [str(folder / "in") if flag == "IN" else str(tmp_path / "x") if flag == "x" else flag for flag in flags]
+    with pytest.raises(SystemExit) as error:
+        exit_with_one_line(lambda: main(["--config", "configs/debug.py", *flags]))
+    lines = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "x").exists()
+
+
+def test_recipes_keep_masks_apart_from_decoding():
+    options = Options(image_mask="noise", also={"noisy": "diffusion"})
+    assert options.recipes == {
+        "question_only": Recipe(image="noise"),
+        "image_only": Recipe(question="empty"),
+        "noisy": Recipe(image="diffusion"),
+    }
+    assert Options().decoding == Decoding(beams=3, max_tokens=1024), "as the released script decodes"
