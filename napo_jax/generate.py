@@ -255,6 +255,14 @@ class Generator:
         new = begin(len(seeds), self._decoding)._replace(seeds=seeds, done=jnp.zeros(len(seeds), bool))
         return _State(jax.tree.map(put, state.search, new), tuple(streams), put(state.logits, first))
 
+    def _choose(self, search, logits):
+        """Chooses the next token of every beam, each row of devices for its own slots: nothing else is like another."""
+        run = lambda search, logits: choose(search, logits, self._decoding, self._eos)
+        if self._mesh is not None:  # left to itself, the compiler gathers what top_k is taken of
+            by_row = PartitionSpec(ROWS)
+            run = jax.shard_map(run, in_specs=by_row, out_specs=by_row, check_vma=False)
+        return run(search, logits)
+
     def _go_on(self, params, state, window, enough, most):
         """Says at most so many tokens, until enough slots are done or one has filled the window."""
         debias = self._decoding.debias
@@ -278,7 +286,7 @@ class Generator:
 
         def say(carry):
             state, times = carry
-            before, search = state.search.said, choose(state.search, state.logits, self._decoding, self._eos)
+            before, search = state.search.said, self._choose(state.search, state.logits)
             ids = jnp.take_along_axis(search.tokens, before[:, None, None], axis=2)[..., 0]
             heard = [hear(stream, ids, search, before) for stream in state.streams]
             logits = [logits for logits, _ in heard]

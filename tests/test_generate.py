@@ -1,5 +1,7 @@
 """Generation, token for token as `transformers` does it, in any company."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,12 @@ from quick import quick_jit
 from torch_llava import params_of, tiny_config, torch_llava
 
 from napo_jax import generate
+from napo_jax.debias import Debias
 from napo_jax.decoding import Decoding, begin, choose
 from napo_jax.generate import Generator, Prompt
 from napo_jax.models import IMAGE_SLOT, Llava
+from napo_jax.optim import flatten, unflatten
+from napo_jax.sharding import MeshConfig, make_mesh, shard_params
 
 EOS, MOST = 25, 16  # an end that the random model likes to say
 CONFIG = tiny_config(remat="none")
@@ -71,10 +76,10 @@ def by_torch(model, prompt, **options):
     return new[: new.index(EOS) + 1] if EOS in new else new
 
 
-def by_us(params, prompts, slots=4, **options):
+def by_us(params, prompts, slots=4, mesh=None, **options):
     """Returns {key: tokens, with the end}."""
     decoding = Decoding(**{"max_tokens": MOST} | options)
-    generator = Generator(Llava(CONFIG), params, decoding, eos=EOS, slots=slots, prompt_tokens=64)
+    generator = Generator(Llava(CONFIG), params, decoding, eos=EOS, slots=slots, prompt_tokens=64, mesh=mesh)
     return {answer.key: answer.ids + [EOS] * answer.ended for answer in generator(prompts)}
 
 
@@ -111,6 +116,57 @@ def test_an_answer_does_not_depend_on_its_company(params, prompts, options):
     one = Generator(Llava(CONFIG), params, decoding, eos=EOS, slots=1, prompt_tokens=64)
     alone = {answer.key: answer.ids + [EOS] * answer.ended for prompt in prompts for answer in one([prompt])}
     assert alone == together == by_us(params, prompts[::-1], slots=4, **options)
+
+
+@pytest.mark.parametrize(("mesh", "slots"), [(MeshConfig(2, 4), 8), (MeshConfig(1, 2, 4), 4)], ids=str)
+def test_any_mesh_says_the_same(params, prompts, mesh, slots):
+    """Slots are cut over rows of devices, heads over tensor; there are fewer prompts than places for them."""
+    mesh = make_mesh(mesh)
+    leaves = flatten(params)
+    places, _ = shard_params(leaves, mesh)
+    cut = unflatten({path: jax.device_put(leaf, places[path]) for path, leaf in leaves.items()})
+    options = {"beams": 3, "debias": Debias("both", 0.3)}
+    assert by_us(cut, prompts, slots, mesh, **options) == by_us(params, prompts, **options)
+
+
+def test_what_a_mesh_keeps_is_cut_and_no_device_asks_another_for_it(params):
+    """With whole copies of the model, all say two numbers: how many of their slots are done, and how far these are."""
+    mesh = make_mesh(MeshConfig(8, 1))
+    with jax.set_mesh(mesh):
+        generator = Generator(
+            Llava(CONFIG), params, Decoding(beams=3, max_tokens=MOST), eos=EOS, slots=16, prompt_tokens=64, mesh=mesh
+        )
+        state = generator._empty()
+        for leaf in jax.tree.leaves(state.streams):
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+        text = generator._go_on.lower(params, state, MOST, 8, MOST).compile().as_text()
+    sent = re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)", text)
+    assert sent == ["s32[]", "s32[]"]
+
+
+@pytest.mark.parametrize("options", [{}, {"beams": 3}], ids=["greedy", "beams"])
+def test_windows_over_what_was_said_change_nothing(params, prompts, monkeypatch, options):
+    plain = by_us(params, prompts, **options)
+    monkeypatch.setattr(generate, "_FIRST_WINDOW", 3)  # and then 6 and 12
+    assert by_us(params, prompts, **options) == plain
+
+
+def test_tokens_as_they_are_said(params, prompts):
+    whole = by_us(params, prompts)
+    decoding = Decoding(max_tokens=MOST)
+    one = Generator(Llava(CONFIG), params, decoding, eos=EOS, slots=1, prompt_tokens=64)
+    for prompt in prompts:
+        assert list(one.stream(prompt)) == [token for token in whole[prompt.key] if token != EOS]
+    first = one.stream(prompts[0])
+    next(first)
+    first.close()  # whoever listens may stop; the next answer is none the worse for it
+    assert list(one.stream(prompts[6])) == [token for token in whole[6] if token != EOS]
+    with pytest.raises(ValueError, match="none is final before the end"):
+        next(
+            Generator(Llava(CONFIG), params, Decoding(beams=2, max_tokens=MOST), slots=1, prompt_tokens=64).stream(
+                prompts[0]
+            )
+        )
 
 
 def test_what_is_drawn_repeats_itself_and_follows_its_seeds(params, prompts):
