@@ -225,7 +225,7 @@ def chat(options: Options):
     most, terminal = options.decoding.max_tokens, sys.stdin.isatty()
     model = Chat(options)
     if options.question is not None:
-        _answer(model, options.question, most)
+        _answer(model, options.question.strip(), most)
         return
     if terminal:
         _note("each question stands alone; the first answer takes longer; Ctrl-C stops an answer, Ctrl-D ends")

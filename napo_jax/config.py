@@ -32,8 +32,9 @@ class ModelConfig:
     # A Hugging Face folder in any layout, or the workdir of an earlier run: its last checkpoint. Without one, a random
     # model and a tokenizer of bytes: to try things out.
     path: str | None = None
-    # The size that the folder must have; without a folder, that of the random model, "tiny" by default.
-    size: Literal["tiny", "7b", "13b"] | None = None
+    # The size that the folder must have; without a folder, that of the random model, "tiny" by default. "shapes" is the
+    # small world's model, with its tokenizer.
+    size: Literal["tiny", "shapes", "7b", "13b"] | None = None
     # Type of activations and matrix products; what needs float32 has it anyway.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # "auto", "xla", "cudnn" (NVIDIA GPU) or "splash" (TPU).
@@ -247,7 +248,7 @@ def _without_box(text):
         else:
             parts[-1].append(line)
     first, *more = (part for part in parts if part)
-    message = re.sub(r"^Error parsing run(\.\w+)?: ", "", " ".join(first))
+    message = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(first))
     near = [line for part in more if "meant" in part[0] for line in part if line.startswith("--")]
     return message + (f"; perhaps you meant {' or '.join(near)}" if near else "; --help lists all")
 

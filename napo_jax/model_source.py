@@ -23,6 +23,8 @@ from napo_jax.models.lora import LoraConfig, merge_adapters
 from napo_jax.optim import flatten, unflatten
 from napo_jax.sharding import shard_params
 from napo_jax.weights import load_pretrained
+from napo_jax.world.language import world_tokenizer
+from napo_jax.world.model import world_model
 
 
 class Run(NamedTuple):
@@ -68,7 +70,9 @@ class Source(NamedTuple):
     @property
     def tokenizer(self):
         """The model's tokenizer."""
-        return load_tokenizer(str(self.folder)) if self.folder else byte_tokenizer()
+        if self.folder:
+            return load_tokenizer(str(self.folder))
+        return world_tokenizer() if self.size == "shapes" else byte_tokenizer()
 
 
 def absolute(path) -> epath.Path:
@@ -119,7 +123,9 @@ def find_model(config: ModelConfig, seed: int = 0, step: int | None = None) -> S
 
 
 def random_shape(size) -> LlavaConfig:
-    """Returns the LlavaConfig of a model without a folder: "tiny", "7b" or "13b"."""
+    """Returns the LlavaConfig of a model without a folder: "tiny", "shapes" (of the world), "7b" or "13b"."""
+    if size == "shapes":
+        return world_model()
     if size == "tiny":
         tiny = LlavaConfig.tiny()
         # Bytes make long prompts: the system text alone is 140 tokens.

@@ -27,7 +27,7 @@ class Parts(NamedTuple):
 
 def make_model(config: Config, shape) -> Llava:
     """Returns the model of a shape, as a config wants it computed."""
-    return Llava(
+    model = Llava(
         dataclasses.replace(
             shape,
             dtype=jnp.dtype(config.model.dtype),
@@ -38,6 +38,10 @@ def make_model(config: Config, shape) -> Llava:
             lora=config.lora,
         )
     )
+    # A tower that is to train must be in the gradient, and one that is not costs a backward pass for nothing.
+    trained, _ = split_trained(flatten(jax.eval_shape(model.init, jax.random.key(0))), config.optimizer)
+    frozen = not any(path.startswith("vision/") for path in trained)
+    return Llava(dataclasses.replace(model.config, freeze_vision=frozen))
 
 
 def load_parts(config: Config, source, model: Llava, mesh) -> Parts:

@@ -13,7 +13,7 @@ atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-import jax
+import jax  # noqa: E402  it reads the environment
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -158,10 +158,8 @@ def test_a_process_of_its_own_answers_a_pipe(folder, by_torch):
     questions = "\n".join([long, "<image> or <image>?", QUESTIONS[1]])
     done = subprocess.run(command, input=questions, capture_output=True, text=True, env=os.environ.copy())
     assert (done.returncode, done.stdout) == (0, by_torch(QUESTIONS[1], None)[0] + "\n")
-    assert re.search(
-        r"^error: the prompt has \d+ tokens, and there is room for 472: ask in fewer words$", done.stderr, re.M
-    )
-    assert re.search(r"^error: a question has one place for a picture, got 2 <image>$", done.stderr, re.M)
+    assert re.search(r"^error: the prompt has \d+ tokens, and there is room for 472: ask in fewer", done.stderr, re.M)
+    assert "error: a question has one place for a picture, got 2 <image>\n" in done.stderr
 
 
 def test_a_question_asked_again_is_drawn_anew_and_a_chat_repeats_itself(capsys, monkeypatch, folder):
@@ -283,7 +281,7 @@ def test_ctrl_c_ends_the_command_where_nobody_asks_on(capsys, monkeypatch, quest
         (("--mask", "image", "--image", "a.png", "--question-mask", "generic"), "how --mask question is done, which"),
         (("--question", " "), "--question is empty"),
         (("--decoding.max-tokens", "2000"), "2000 and the model has 2048 positions, of which a prompt takes 1"),
-        (("--question", "why " * 500), "the prompt has 2148 tokens, and there is room for 528"),
+        (("--question", "why " * 500), " tokens, and there is room for 528: ask in fewer words"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, monkeypatch, argv, message):

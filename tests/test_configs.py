@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import quick_jit
 
 from napo_jax.config import ModelConfig, load_config
 from napo_jax.model_source import find_model, load_leaves, random_shape
-from napo_jax.models import Llava
-from napo_jax.optim import make_optimizer
+from napo_jax.models import IMAGE_SLOT, Groups, Llava
+from napo_jax.optim import flatten, make_optimizer, split_trained
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.start import abstract_parts, first_state, make_model
 
@@ -20,6 +21,17 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 # Of the published shapes, by hand: decoder and projector, or two factors of rank 64 beside seven matrices of 32 layers.
 TRAINED = {
     "debug": 134_976,
+    # Five layers of four matrices of 160 and three of 160 x 432, 78 words in and out, the projector; and the tower: two of
+    # its layers, patches, places and norms.
+    "shapes_sft": 5 * (4 * 160**2 + 3 * 160 * 432 + 2 * 160)
+    + 2 * 78 * 160
+    + 160
+    + (96 + 1 + 160 + 1) * 160
+    + 2 * (4 * 96 * 97 + 2 * 96 * 256 + 256 + 96 + 4 * 96)
+    + 16**2 * 3 * 96
+    + 17 * 96
+    + 96
+    + 2 * 96,
     "llava7b": 6_738_415_616 + 20_979_712,
     "llava13b": 13_015_864_320 + 31_467_520,
     "llava7b_lora": 32 * 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008)),
@@ -41,6 +53,23 @@ def test_a_config_loads_and_its_state_has_a_place(file):
     for leaf in [*jax.tree.leaves(state), *frozen.values()]:
         assert leaf.size <= 2**20 or leaf.size >= 2 * math.prod(leaf.sharding.shard_shape(leaf.shape)), leaf
     assert not whole or config.model.size is None
+
+
+@pytest.mark.parametrize("trainable", [None, r"(?!vision/unused).*"], ids=["by default", "all"])
+def test_t16_what_trains_is_in_the_gradient(trainable):
+    """The tower is left out of the gradient where it is frozen, and nowhere else."""
+    config = load_config(CONFIGS[0].with_name("shapes_sft.py"))
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, trainable=trainable))
+    model = make_model(config, random_shape("shapes"))
+    params, size = model.init(jax.random.key(0)), model.config.vision.image_size
+    picture = jax.random.normal(jax.random.key(1), (1, 1, size, size, 3))
+    prefix = jnp.array([[[1, *[IMAGE_SLOT] * model.config.vision.image_tokens, 9]]])
+    groups = Groups(picture, prefix, jnp.array([[prefix.size]]), jnp.array([[[9, 2]]]), jnp.array([[2]]))
+    slopes = flatten(quick_jit(jax.grad(lambda params: model.logps(params, groups, (0,)).sum.sum()))(params))
+    trained, _ = split_trained(slopes, config.optimizer)
+    still = {path for path, slope in slopes.items() if not np.any(np.asarray(slope))}
+    assert {path for path in trained if path in still} <= {"vision/layers/key/bias"}, "softmax does not see it"
+    assert still >= {path for path in slopes if path not in trained}
 
 
 def test_a_random_model_is_the_same_in_any_type():

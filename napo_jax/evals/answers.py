@@ -1,0 +1,147 @@
+"""What a benchmark asks, and the files of what was said to it: one answer to each question, or an error."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+_SUFFIXES = (".jsonl", ".json")  # what is taken from a folder
+
+
+class Question(NamedTuple):
+    """What a model is asked.
+
+    Attributes:
+      key: names the question among those of its benchmark, and its answer.
+      text: what is asked, without `<image>`.
+      image: path of the picture, absolute or relative to the folder of pictures; None where there is none.
+      row: what stands beside the answer in its file, for other scorers to read.
+    """
+
+    key: str
+    text: str
+    image: str | None
+    row: dict[str, Any]
+
+
+def choose(choices: Mapping[str, Any], name: str, what: str) -> Any:
+    """Returns the choice of a name; raises ValueError where there is none.
+
+    Args:
+      choices: such as a module's `PROMPTS`.
+      name: what was asked for.
+      what: what is chosen, for the error.
+    """
+    if name not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {name}")
+    return choices[name]
+
+
+def write_row(question: Question, text: str) -> dict[str, Any]:
+    """Returns the row of an answer file, for JSON."""
+    return question.row | {"key": question.key, "text": text}
+
+
+def fingerprint(questions: Sequence[Question]) -> str:
+    """Returns 32 hex digits that stand for all that is asked, in its order."""
+    return hashlib.sha256(json.dumps([list(question) for question in questions]).encode()).hexdigest()[:32]
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads rows of JSON, one on a line or all in one array whatever the file is called.
+
+    Args:
+      path: a file, a folder of .jsonl and .json files, or a glob, local or gs://. Files are read in the order of
+        their names.
+
+    Raises:
+      ValueError: there is no file, or one is damaged.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix in _SUFFIXES and file.name[0] not in "._"]
+    else:
+        files = [path] if path.exists() else path.parent.glob(path.name)
+    files = sorted(files, key=os.fspath)
+    if not files:
+        raise ValueError(f"{path} names no file; expected a file, a folder of {'/'.join(_SUFFIXES)} files, or a glob")
+    return [row for file in files for row in _read(file)]
+
+
+def _read(file):
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}, line {line}, is not UTF-8; write the file again") from None
+    # An array may go over many lines, and only "\n" ends a line: JSON may hold the other line ends as they are.
+    pieces = [(1, text)] if text.lstrip().startswith("[") else enumerate(text.split("\n"), 1)
+    rows = []
+    for first, piece in pieces:
+        if not piece.strip():
+            continue
+        try:
+            value = json.loads(piece)
+        except (ValueError, RecursionError) as error:
+            line = first + getattr(error, "lineno", 1) - 1
+            why = getattr(error, "msg", error)
+            raise ValueError(f"{file}, line {line}, is not JSON ({why}); it may be cut, write it again") from None
+        found = value if isinstance(value, list) else [value]
+        for row in found:
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, line {first}, holds a JSON {type(row).__name__}; rows are objects")
+        rows += found
+    return rows
+
+
+def join(
+    questions: Sequence[Question], rows: Sequence[Mapping[str, Any]], *, key: str = "key", text: str = "text"
+) -> dict[str, str]:
+    """Returns the answer of every question, {key: text}, in the order of the questions.
+
+    Args:
+      questions: all that were asked.
+      rows: the answers, in any order.
+      key: the field that names the question; a number there is taken as its digits.
+      text: the field that holds the answer.
+
+    Raises:
+      ValueError: a question has no answer or several, an answer no question, or the `prompt` in its row is another.
+    """
+    asked = {question.key: question for question in questions}
+    if len(asked) < len(questions):
+        ((twice, _),) = Counter(question.key for question in questions).most_common(1)
+        raise ValueError(f"several questions are called {twice!r}; each needs a key of its own")
+    answers = {}
+    repeated, unknown, others = [], [], []
+    for number, row in enumerate(rows, 1):
+        if type(row.get(key)) not in (str, int):
+            raise ValueError(f"answer {number} has no {key!r} that names its question; it has {', '.join(row)}")
+        name = str(row[key])
+        if not isinstance(row.get(text), str):
+            raise ValueError(f"the answer to {name!r} has no {text!r} that is a text; it has {', '.join(row)}")
+        if name not in asked:
+            unknown.append(name)
+        elif name in answers:
+            repeated.append(name)
+        elif _is_other(row.get("prompt"), asked[name].row.get("prompt")):
+            others.append(name)
+        answers[name] = row[text]
+    missing = [name for name in asked if name not in answers]
+    faults = (
+        (missing, "have no answer"),
+        (repeated, "are answered again"),
+        (others, "were asked in other words"),
+        (unknown, "are not among the questions"),
+    )
+    if found := [f"{len(names)} {fault} (first {names[0]!r})" for names, fault in faults if names]:
+        raise ValueError(f"the answers do not fit the {len(asked)} questions: {', '.join(found)}")
+    return {name: answers[name] for name in asked}
+
+
+def _is_other(prompt, asked):
+    return None not in (prompt, asked) and prompt != asked

@@ -1,0 +1,104 @@
+"""Judges: a prompt from the user's own template, and a file of what was replied, so that scores need no judge."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from napo_jax.evals.answers import Question, join
+
+Judge = Callable[[str], str]  # a prompt -> the reply
+
+_SLOT = re.compile(r"\{(\w*)\}")
+
+
+def read_template(path, slots: Sequence[str]) -> Callable[[Mapping[str, str]], str]:
+    """Reads a judge's prompt with a place for each of some texts, `{name}`, or `{}` for all of them in order.
+
+    Args:
+      path: a text file.
+      slots: the names.
+
+    Returns:
+      {name: text} -> the prompt. Braces in the texts stay what they are.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} is not there; it is to hold the judge's prompt with {_named(slots)} in it")
+    pieces = _SLOT.split(path.read_text())
+    names = pieces[1::2]
+    if names == [""] * len(slots):
+        names = list(slots)
+    if sorted(names) != sorted(slots):
+        wanted = f"{_named(slots)} once each, or {{}} {len(slots)} times"
+        raise ValueError(f"{path} must hold {wanted}; it has {_named(names)}")
+    return lambda texts: pieces[0] + "".join(texts[name] + rest for name, rest in zip(names, pieces[2::2], strict=True))
+
+
+def _named(slots):
+    return " ".join(f"{{{name}}}" for name in slots) or "no slot"
+
+
+def record_replies(
+    judge: Judge, name: str, prompts: Mapping[str, str], answers: Mapping[str, str], parse: Callable, tries: int = 1
+) -> Iterator[dict]:
+    """Yields a row of the replay file, {"key", "text", "judge", "reply"}, for each prompt.
+
+    Args:
+      judge: what replies.
+      name: of the judge, with its version; it is part of the result.
+      prompts: {key: prompt}.
+      answers: {key: text} of what is judged, kept beside the reply.
+      parse: raises ValueError for a reply that cannot be read, which is then asked for again.
+      tries: how often at most.
+    """
+    for key, prompt in prompts.items():
+        for left in reversed(range(tries)):
+            reply = judge(prompt)
+            try:
+                parse(reply)
+                break
+            except ValueError as error:
+                if not left:
+                    raise ValueError(f"the reply about {key!r} cannot be read after {tries} tries: {error}") from None
+        yield {"key": key, "text": answers[key], "judge": name, "reply": reply}
+
+
+def match_replies(
+    questions: Sequence[Question], rows: Sequence[Mapping[str, Any]], answers: Mapping[str, str]
+) -> tuple[dict[str, str], str]:
+    """Returns what was replied about each answer, {key: reply}, and by whom.
+
+    Args:
+      questions: all of the benchmark.
+      rows: as `record_replies` yields them; or responses of the chat API as they came, one for each question in order.
+      answers: {key: text} of what is scored now.
+
+    Raises:
+      ValueError: replies are missing or left over, several judges replied, or they saw other answers.
+    """
+    keys = [question.key for question in questions]
+    from_api = "choices" in rows[0] if rows else False
+    if from_api:
+        if len(rows) != len(keys):
+            raise ValueError(f"there are {len(rows)} responses of the chat API to {len(keys)} questions; bring all")
+        rows = [_from_api(key, row) for key, row in zip(keys, rows, strict=True)]
+    try:
+        replies = join(questions, rows, text="reply")
+    except ValueError as error:
+        raise ValueError(f"the judge's replies: {error}") from None
+    judges = {str(row.get("judge")) for row in rows}
+    if len(judges) != 1 or "None" in judges:
+        raise ValueError(f"every reply must name its judge, and all the same; found {', '.join(sorted(judges))}")
+    seen = {str(row["key"]): row["text"] for row in rows if "text" in row}
+    if not from_api and (others := [key for key in keys if seen.get(key) != answers[key]]):
+        raise ValueError(f"{len(others)} replies are about other answers (first {others[0]!r}); ask the judge again")
+    return replies, judges.pop()
+
+
+def _from_api(key, row):
+    try:
+        return {"key": key, "reply": row["choices"][0]["message"]["content"], "judge": row["model"]}
+    except (LookupError, TypeError):
+        raise ValueError(f"the judge's response about {key!r} has no choices[0].message.content and model") from None
