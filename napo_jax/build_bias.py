@@ -12,25 +12,21 @@ import time
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from napo_jax.bias.filters import FILTERS
 from napo_jax.bias.finish import PAGE, SUMMARY, finish
+from napo_jax.bias.inputs import SUFFIXES
 from napo_jax.bias.masks import Recipe
-from napo_jax.bias.pieces import Line, read_manifest, write_manifest
 from napo_jax.bias.work import Work
 from napo_jax.config import Config, exit_with_one_line, parse
 from napo_jax.decoding import Decoding
-from napo_jax.generate import Generator
 from napo_jax.journal import StoppedError
 from napo_jax.metrics import Console
-from napo_jax.model_source import load_leaves
-from napo_jax.models import Llava
-from napo_jax.optim import unflatten
+from napo_jax.pieces import Line, read_manifest, write_manifest
 from napo_jax.preemption import StopSignal
 from napo_jax.processes import together
-from napo_jax.reference_cache import weights_digest
 from napo_jax.sharding import make_mesh
+from napo_jax.speaker import load_speaker
 
 _INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
 _WAIT = 2.0  # seconds between looks at what other processes have done
@@ -73,7 +69,9 @@ class Options:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if taken := sorted({"question_only", "image_only"} & self.also.keys()):
             raise ValueError(f"also names {taken[0]}, which is built anyway; choose another name")
-        self.recipes  # noqa: B018  raises if a mask is not known
+        columns = [f"{name}{suffix}" for name in self.recipes for suffix in SUFFIXES]  # raises if a mask is not known
+        if twice := sorted({column for column in columns if columns.count(column) > 1}):
+            raise ValueError(f"also gives two columns the name {twice[0]}; choose another name")
 
     @property
     def recipes(self) -> dict[str, Recipe]:
@@ -96,7 +94,7 @@ def build(config: Config, options: Options, console=None):
         console.note(line)
     if options.dry_run:
         return None
-    files = [file.path.name for number, file in enumerate(work.inputs) if work.wanted(number)]
+    files = [work.inputs[number].path.name for number in work.written_files]
     there = all((work.folder / name).exists() for name in (*files, SUMMARY, PAGE))
     if there and not work.count_missing() and work.manifest.get("written") == written:
         console.note(f"all of that is done: {work.folder / PAGE}")
@@ -106,7 +104,7 @@ def build(config: Config, options: Options, console=None):
             _say(work, config, options, console, stop)
             _wait(work.is_done, stop)
         if jax.process_index() > 0:
-            _wait(lambda: read_manifest(work.folder, {}).get("written") == written, stop)
+            _wait(lambda: read_manifest(work.books, {}).get("written") == written, stop)
             return None
     summary = finish(work, written, options.filters)
     for name, answers in summary["answers"].items():
@@ -131,41 +129,28 @@ def _plan(work, decoding):
 def _say(work, config, options, console, stop):
     """Says this process's share of the answers."""
     share = (jax.process_index(), jax.process_count()) if options.distributed else (0, 1)
-    dtype = jnp.dtype(config.model.dtype)
-    model = Llava(
-        dataclasses.replace(work.shape, dtype=dtype, param_dtype=dtype, attention=config.model.attention, remat="none")
-    )
     # Each process has a mesh of its own devices: none waits for another's longest answer.
     mesh = make_mesh(config.mesh, jax.local_devices())
-    slots = options.slots * mesh.shape["data"] * mesh.shape["fsdp"]
-    params = unflatten(load_leaves(work.source, model, mesh))
-    work.settings["weights"] = weights_digest(params, mesh)
-    read_manifest(work.folder, work.settings)
+    speaker = load_speaker(work.source, mesh, dtype=config.model.dtype, attention=config.model.attention)
+    work.settings["weights"] = speaker.digest
     if jax.process_index() == 0 and not work.manifest:
-        write_manifest(work.folder, work.settings)
+        write_manifest(work.books, work.settings)
+    _wait(lambda: read_manifest(work.books, work.settings), stop)  # also says if weights are not those it began with
     progress = _Progress(console, len(work.lines), work.count_missing(share))
     try:
         for name in work.recipes:
             if not any(work.missing(name, share).values()):
                 continue
             room = work.room(name)
-            generator = Generator(
-                model,
-                params,
-                options.decoding,
-                eos=work.tokenizer.eos_token_id,
-                unk=work.unk,
-                slots=slots,
-                prompt_tokens=room,
-                mesh=mesh,
-            )
+            generator = speaker.generator(options.decoding, room=room, slots=options.slots)
             size = generator.kept_bytes / mesh.size / 2**30
-            console.note(f"{name}: prompts of up to {room} tokens, {slots} at a time, {size:.2f} GiB a device for them")
+            console.note(
+                f"{name}: prompts of up to {room} tokens, {generator.slots} at a time, {size:.2f} GiB a device for them"
+            )
             for answer in generator(work.prompts(name, room, share)):
-                text = work.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
-                tokens = len(answer.ids) + answer.ended
-                work.keep(Line(*answer.key, name, text, tokens, answer.ended, round(answer.score, 6), None))
-                progress(len(work.lines), tokens)
+                line = Line.of(*answer.key, name, speaker.spell(answer.ids), answer)
+                work.keep(line)
+                progress(len(work.lines), line.tokens)
                 _check(stop)
     finally:
         work.flush()

@@ -14,7 +14,6 @@ import unicodedata
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from napo_jax.bias.masks import Asker, Recipe
@@ -23,11 +22,9 @@ from napo_jax.data.images import ImageError
 from napo_jax.data.prompts import Prompter, PromptError
 from napo_jax.data.records import Record
 from napo_jax.decoding import Decoding
-from napo_jax.generate import Generator
-from napo_jax.model_source import find_model, load_leaves
-from napo_jax.models import Llava
-from napo_jax.optim import unflatten
+from napo_jax.model_source import find_model
 from napo_jax.sharding import MeshConfig, make_mesh
+from napo_jax.speaker import load_speaker, unknown_word
 
 _QUESTION_TOKENS = 512  # room for a question and the words around it; what is kept of prompts grows with it
 _INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
@@ -96,8 +93,12 @@ class Chat:
         source = find_model(ModelConfig(path=options.checkpoint))
         shape, self.tokenizer = source.shape, source.tokenizer
         prompter = Prompter(self.tokenizer, options.template, shape.vision.image_tokens)
-        unk = 0 if self.tokenizer.unk_token_id is None else self.tokenizer.unk_token_id
-        looks = {"unk": unk, "image_rule": options.image_rule, "exif": options.exif, "seed": options.decoding.seed}
+        looks = {
+            "unk": unknown_word(self.tokenizer),
+            "image_rule": options.image_rule,
+            "exif": options.exif,
+            "seed": options.decoding.seed,
+        }
         self._askers = {
             heading: Asker(recipe, prompter, shape.vision, **looks) for heading, recipe in options.recipes.items()
         }
@@ -109,23 +110,12 @@ class Chat:
                 f"decoding.max_tokens is {most} and the model has {positions} positions, of which a prompt takes "
                 f"{least} without any question: lower it"
             )
-        dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
         mesh = _make_mesh(shape.text)
-        _note(f"{source}, as {dtype} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
+        speaker = load_speaker(source, mesh, dtype=options.dtype)
+        _note(f"{source}, as {speaker.model.config.dtype} on {mesh.size} x {mesh.devices.flat[0].device_kind}")
         if source.folder is None:
             _note("what it says means nothing: name a model with --checkpoint")
-        model = Llava(dataclasses.replace(shape, dtype=dtype, param_dtype=dtype, attention="auto", remat="none"))
-        params = unflatten(load_leaves(source, model, mesh))
-        self._generator = Generator(
-            model,
-            params,
-            options.decoding,
-            eos=self.tokenizer.eos_token_id,
-            unk=unk,
-            slots=1,
-            prompt_tokens=self._room,
-            mesh=mesh,
-        )
+        self._generator = speaker.generator(options.decoding, room=self._room)
 
     def answers(self, question):
         """Yields (heading, its tokens) of each answer, the tokens as they are said if there is one beam.

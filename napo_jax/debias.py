@@ -77,7 +77,7 @@ def contrast(logits, without, debias: Debias) -> jax.Array:
     return jnp.where(logits < least, -jnp.inf, contrasted)
 
 
-def calibrate(logits, without, debias: Debias) -> jax.Array:
+def calibrate(logits, without, debias: Debias, pictured=True) -> jax.Array:
     """Returns the logits of a closed answer's first token, its labels calibrated.
 
     A label has the probability of all its tokens together, and shares what it comes to among them as before.
@@ -86,6 +86,7 @@ def calibrate(logits, without, debias: Debias) -> jax.Array:
       logits: float32[..., V], with the picture.
       without: a list of the same, without.
       debias: `Debias`.
+      pictured: bool[...] or bool, false for a prompt that has no picture: its labels stay as they are.
 
     Returns:
       float32[..., V]; -inf for what begins no label.
@@ -101,7 +102,11 @@ def calibrate(logits, without, debias: Debias) -> jax.Array:
     else:
         fair = naive - blind
         fair -= jnp.min(fair, axis=-1, keepdims=True)  # which is largest is what counts
-    fair = jnp.log(fair / jnp.sum(fair, axis=-1, keepdims=True))
+    whole = jnp.sum(fair, axis=-1, keepdims=True)
+    pictured = jnp.broadcast_to(pictured, whole.shape[:-1])[..., None] & (
+        whole > 0
+    )  # subtracted, labels may all be alike
+    fair = jnp.log(jnp.where(pictured, fair / jnp.where(whole > 0, whole, 1), naive))
     out = jnp.full(logits.shape, -jnp.inf)
     for i, label in enumerate(debias.labels):
         tokens = jnp.array(label)

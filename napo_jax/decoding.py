@@ -113,13 +113,14 @@ def best(search: Search):
 def _warp(log_probs, decoding):
     """Applies temperature, top-k and top-p to log-probs or scores float32[..., V], as `transformers` does in turn."""
     scores = log_probs / decoding.temperature
+    kept = 1 if decoding.beams == 1 else 2  # at least: a beam whose end is likely needs something else to go on with
     if decoding.top_k:
-        least = jax.lax.top_k(scores, min(decoding.top_k, scores.shape[-1]))[0][..., -1:]
+        least = jax.lax.top_k(scores, min(max(decoding.top_k, kept), scores.shape[-1]))[0][..., -1:]
         scores = jnp.where(scores < least, -jnp.inf, scores)
     if decoding.top_p < 1:
         order = jnp.argsort(scores, axis=-1)  # ascending
         share = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
-        out = (share <= 1 - decoding.top_p).at[..., -1].set(False)
+        out = (share <= 1 - decoding.top_p).at[..., -kept:].set(False)
         out = jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, out, axis=-1, inplace=False)
         scores = jnp.where(out, -jnp.inf, scores)
     return scores

@@ -7,80 +7,37 @@
 The three meet in files alone, so that answers of any other code can be scored, and scores need no model.
 """
 
+import contextlib
 import dataclasses
-import importlib
-import inspect
 import json
 import math
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from etils import epath
 
 from napo_jax.config import exit_with_one_line, read_flags
-from napo_jax.decoding import Decoding
 from napo_jax.evals import compare as comparison
 from napo_jax.evals.answers import fingerprint, read_rows
-from napo_jax.pieces import BOOKS, write_durably
-from napo_jax.sharding import MeshConfig
+from napo_jax.evals.benchmarks import Asked
+from napo_jax.pieces import BOOKS, read_manifest, write_durably
+from napo_jax.processes import together
 
-Benchmark = Literal["vlind", "chair", "amber", "pope", "mmhal", "world"]
 _MADE_BY = ("model", "weights", "dtype", "decoding", "template", "image_rule")  # of answers, that go into their score
 
 
-@dataclasses.dataclass(frozen=True)
-class AnswerOptions:
-    """Asks a model all questions of a benchmark. The same command, given again, goes on where it was."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreOptions(Asked):
+    """Turns a file of answers into numbers, and prints them. What is asked is told as it was told to `answer`."""
 
-    benchmark: Benchmark
-    # The folder of the benchmark's own files.
-    data: str
-    # The file of answers to write, one JSON object a line.
-    answers: str
-    # A Hugging Face folder in any layout, or the workdir of a run.
-    checkpoint: str
-    # The folder that the names of pictures start from; by default that of the data.
-    images: str | None = None
-    # The wording, where sources differ: see docs/evaluation.md.
-    prompts: str | None = None
-    # The part of AMBER, or the splits of POPE, that is asked.
-    part: str | None = None
-    splits: tuple[str, ...] | None = None
-    # Greedy by default; each table of a paper has its own.
-    decoding: Decoding = dataclasses.field(default_factory=lambda: Decoding(max_tokens=1024))
-    # The conversation around question and answer.
-    template: Literal["llava_v1", "vicuna_v1"] = "llava_v1"
-    # "pad" to a square in the mean colour, as LLaVA evaluates; "crop" the centre.
-    image_rule: Literal["pad", "crop"] = "pad"
-    # Type of weights and matrix products; by default bfloat16, and float32 on a CPU.
-    dtype: Literal["bfloat16", "float32"] | None = None
-    # Questions that are answered at a time on each device of mesh.data x mesh.fsdp.
-    slots: int = 8
-    # How the devices of a process are laid out.
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    # Whether this is one of several processes that answer together, one for each host.
-    distributed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreOptions:
-    """Turns files of answers into numbers, and prints them."""
-
-    benchmark: Benchmark
-    # The folder of the benchmark's own files.
-    data: str
     # The answers: a file, a folder or a glob, in our layout or in that of the benchmark's own scripts.
     answers: str
     # The file of numbers to write, for `compare`.
     out: str | None = None
-    # The wording that the questions had, and the rule that answers are read by: see docs/evaluation.md.
-    prompts: str | None = None
+    # How answers are read and counted, where sources differ: see docs/evaluation.md.
     variant: str | None = None
-    # The part of AMBER, or the splits of POPE, that was asked.
-    part: str | None = None
-    splits: tuple[str, ...] | None = None
-    # What a judge replied, where there is one.
+    # The file of a judge's replies, where there is a judge.
     replay: str | None = None
 
 
@@ -90,58 +47,56 @@ class CompareOptions:
 
     # The two files that `score` has written.
     runs: Annotated[tuple[str, str], tyro.conf.Positional]
-    # Times that the questions are drawn again, and of what is drawn.
+    # Times that the questions are drawn again, and the seed of the drawing.
     resamples: int = 2000
     seed: int = 0
 
-
-def find_questions(benchmark, data, **options):
-    """Returns what a benchmark asks; options are those of its module's `questions`, None for its own default."""
-    module = _module(benchmark)
-    return module.questions(data, **_fitting(module.questions, benchmark, options))
+    def __post_init__(self):
+        """Checks the number of resamples."""
+        if self.resamples < 1:
+            raise ValueError(f"resamples must be at least 1, got {self.resamples}")
 
 
 def score(options: ScoreOptions) -> dict:
-    """Returns the numbers, for JSON, with all that `compare` needs."""
-    module = _module(options.benchmark)
+    """Returns the numbers, for JSON, with all that `compare` needs and, where `answer` has said it, the model."""
     rows = read_rows(options.answers)
-    names = ("prompts", "variant", "part", "splits", "replay")
-    given = {name: getattr(options, name) for name in names}
-    scored = module.score(options.data, rows, **_fitting(module.score, options.benchmark, given))
-    asked = {name: given[name] for name in ("prompts", "part", "splits")}
-    questions = fingerprint(find_questions(options.benchmark, options.data, **asked))
-    return {"benchmark": module.NAME, "questions": questions, **_made_by(options.answers), **scored}
+    scored = options.apply(options.module.score, rows, variant=options.variant, replay=options.replay)
+    made_by = read_manifest(epath.Path(f"{options.answers}{BOOKS}"), {}).get("settings", {})
+    return {
+        "benchmark": options.module.NAME,
+        "questions": fingerprint(options.questions()),
+        **{name: made_by[name] for name in _MADE_BY if name in made_by},
+        **scored,
+    }
 
 
-def _module(benchmark):
-    package = "napo_jax.world.exam" if benchmark == "world" else f"napo_jax.evals.{benchmark}"
-    return importlib.import_module(package)
-
-
-def _fitting(function, benchmark, options):
-    """Returns the options that were given; raises a ValueError for one that a function does not know."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if unknown := sorted(given.keys() - inspect.signature(function).parameters.keys()):
-        raise ValueError(f"{benchmark} has no {unknown[0]}: leave it out")
-    return given
-
-
-def _made_by(answers) -> dict:
-    """Returns how answers were made, if `answer` has made them."""
-    manifest = epath.Path(f"{answers}{BOOKS}") / "manifest.json"
-    if not manifest.exists():
-        return {}
-    settings = json.loads(manifest.read_text())["settings"]
-    return {name: settings[name] for name in _MADE_BY}
-
-
-def _print_score(options):
-    scored = score(options)
+def as_text(scored) -> str:
+    """Renders numbers for a terminal, each with what it is a ratio of where that is one pair of counts."""
+    lines = []
+    for name in ("benchmark", "prompts", "variant", "model", "dtype", "judge"):
+        lines += [f"{name:<24}{scored[name]}"] if name in scored else []
     for name, value in scored.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            print(f"{name:<24}{value:>10.2f}")
+        if isinstance(value, int | float):
+            pair = scored["counts"].get(name)
+            of = "{:g}/{:g}".format(*pair) if isinstance(pair, list) else ""
+            lines.append(f"{name:<24}{value:>8.2f}  {of}".rstrip())
+    return "\n".join(lines)
+
+
+def _answer(argv):
+    from napo_jax.answering import AnswerOptions, answer  # heavy, and scores need none of it
+
+    options = read_flags(AnswerOptions, argv, description=AnswerOptions.__doc__)
+    with together() if options.distributed else contextlib.nullcontext():
+        answer(options)
+
+
+def _score(argv):
+    options = read_flags(ScoreOptions, argv, description=ScoreOptions.__doc__)
+    scored = score(options)
+    print(as_text(scored))
     if options.out is not None:
-        write_durably(epath.Path(options.out), json.dumps(_without_nan(scored), indent=1))
+        write_durably(epath.Path(options.out), json.dumps(_without_nan(scored), allow_nan=False))
         print(f"wrote {options.out}")
 
 
@@ -154,39 +109,37 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _print_comparison(options):
-    runs = []
-    for path in options.runs:
-        if not epath.Path(path).exists():
-            raise ValueError(f"{path} is not there; write it with: python -m napo_jax.evaluate score ... --out {path}")
-        runs.append(json.loads(epath.Path(path).read_text()))
-    compared = comparison.compare(*runs, resamples=options.resamples, seed=options.seed)
+def _compare(argv):
+    options = read_flags(CompareOptions, argv, description=CompareOptions.__doc__)
+    compared = comparison.compare(*map(_read_run, options.runs), resamples=options.resamples, seed=options.seed)
     print(comparison.as_text(compared, options.runs))
 
 
-def _answer(options):
-    from napo_jax.answering import answer  # heavy, and scores need none of it
+def _read_run(path):
+    """Returns what `score` wrote to a file."""
+    if not epath.Path(path).exists():
+        raise ValueError(f"{path} is not there; write it with: python -m napo_jax.evaluate score ... --out {path}")
+    try:
+        run = json.loads(epath.Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); write it again with `score`") from None
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} holds a JSON {type(run).__name__}, and no numbers; write it with `score`")
+    return run
 
-    answer(options)
 
-
-_COMMANDS = {
-    "answer": (AnswerOptions, _answer),
-    "score": (ScoreOptions, _print_score),
-    "compare": (CompareOptions, _print_comparison),
-}
+_COMMANDS = {"answer": _answer, "score": _score, "compare": _compare}
 
 
 def main(argv=None):
     """Runs the command."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ("-h", "--help"):
-        print(__doc__)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nEach has a --help of its own.")
         return
     if not argv or argv[0] not in _COMMANDS:
         raise ValueError(f"say what to do: {', '.join(_COMMANDS)}; got {argv[0] if argv else 'nothing'}")
-    kind, run = _COMMANDS[argv[0]]
-    run(read_flags(kind, argv[1:], description=kind.__doc__))
+    _COMMANDS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

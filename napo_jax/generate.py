@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from napo_jax.debias import calibrate, contrast, without_picture
 from napo_jax.decoding import Decoding, Search, begin, best, choose
-from napo_jax.models import Llava
+from napo_jax.models import IMAGE_SLOT, Llava
 from napo_jax.models.mixing import Kept, NextToken
 from napo_jax.sharding import ROWS, over_rows
 
@@ -86,7 +86,7 @@ class Generator:
         if slots % self._rows:
             raise ValueError(f"{slots} slots do not divide among {self._rows} devices (mesh.data x mesh.fsdp)")
         self._model, self._params, self._decoding, self._eos, self._unk = model, params, decoding, eos, unk
-        self._slots, self._prompt_tokens, self._mesh = slots, prompt_tokens, mesh
+        self.slots, self._prompt_tokens, self._mesh = slots, prompt_tokens, mesh
         self._in_row = max(1, slots // 4 // self._rows)  # prompts that are read at a time, by a row of devices
         self._others = len(without_picture(np.zeros(0, np.int32), decoding.debias))  # prompts that each is held against
         places = self._places()
@@ -106,21 +106,21 @@ class Generator:
         together = self._in_row * self._rows
         with self._on_mesh():
             state = self._empty()
-        keys, free, more, longest = {}, set(range(self._slots)), True, 0
+        keys, free, more, longest = {}, set(range(self.slots)), True, 0
         while True:
             while more and len(free) >= together:
                 places = self._free_places(free)
-                some = list(itertools.islice(prompts, np.count_nonzero(places < self._slots)))
+                some = list(itertools.islice(prompts, np.count_nonzero(places < self.slots)))
                 more = bool(some)
                 if some:
                     state = self._take_in(state, some, places)
-                    taken = places[places < self._slots][: len(some)].tolist()
+                    taken = places[places < self.slots][: len(some)].tolist()
                     keys |= {slot: prompt.key for slot, prompt in zip(taken, some, strict=True)}
                     free -= set(taken)
             if not keys:
                 return
             # Until enough slots are done to read new prompts, or, when there are none, until all are.
-            enough = min(self._slots, len(free) + together) if more else self._slots
+            enough = min(self.slots, len(free) + together) if more else self.slots
             with self._on_mesh():
                 state = self._go_on(self._params, state, self._window(longest), enough, self._decoding.max_tokens)
                 tokens, lengths, scores, done, said = self._fetch(state.search)
@@ -133,10 +133,10 @@ class Generator:
 
     def stream(self, prompt: Prompt) -> Iterator[int]:
         """Yields the tokens of one answer as they are said, without the end."""
-        if self._decoding.beams > 1 or self._slots > 1:
+        if self._decoding.beams > 1 or self.slots > 1:
             raise ValueError(
                 "tokens can be had as they are said with one beam and one slot, got "
-                f"{self._decoding.beams} and {self._slots}: of several beams, none is final before the end"
+                f"{self._decoding.beams} and {self.slots}: of several beams, none is final before the end"
             )
         with self._on_mesh():
             state = self._take_in(self._empty(), [prompt], self._free_places({0}))
@@ -156,9 +156,7 @@ class Generator:
             return None
         heads = "tensor" if self._model.config.text.kv_heads % self._mesh.shape["tensor"] == 0 else None
         by_row = over_rows(self._mesh)
-        kept = NamedSharding(self._mesh, PartitionSpec(None, ROWS, None, heads))
-        of_beams = NamedSharding(self._mesh, PartitionSpec(None, ROWS, None, None, heads))
-        stream = _Stream(Kept(kept, kept, of_beams, of_beams), by_row)
+        stream = _Stream(Kept(*[NamedSharding(self._mesh, PartitionSpec(None, ROWS, heads))] * 4), by_row)
         return _State(Search(*[by_row] * len(Search._fields)), (stream,) * (1 + self._others), by_row)
 
     def _fetch(self, search):
@@ -174,8 +172,8 @@ class Generator:
 
     def _free_places(self, free):
         """Returns int32[R, n]: for each row of devices, slots of its own to fill, and the number of slots for none."""
-        of_row = self._slots // self._rows
-        places = np.full((self._rows, self._in_row), self._slots, np.int32)
+        of_row = self.slots // self._rows
+        places = np.full((self._rows, self._in_row), self.slots, np.int32)
         for row in range(self._rows):
             own = sorted(slot for slot in free if slot // of_row == row)[: self._in_row]
             places[row, : len(own)] = own
@@ -184,8 +182,8 @@ class Generator:
     def _empty(self) -> _State:
         """Returns the state of slots without prompts."""
         config, beams = self._model.config, self._decoding.beams
-        text, slots = config.text, self._slots
-        zeros = lambda *shape: jnp.zeros((text.layers, slots, *shape, text.kv_heads, text.head_width), config.dtype)
+        text, slots = config.text, self.slots
+        zeros = lambda *shape: jnp.zeros((text.layers, slots, text.kv_heads, *shape, text.head_width), config.dtype)
         said = (beams, self._decoding.max_tokens)
         kept = lambda: Kept(*[zeros(self._prompt_tokens)] * 2, *[zeros(*said)] * 2)
         streams = tuple(_Stream(kept(), jnp.ones(slots, jnp.int32)) for _ in range(1 + self._others))
@@ -194,13 +192,12 @@ class Generator:
 
     def _take_in(self, state, prompts, places):
         """Reads prompts into the first of some places."""
-        longest = max(len(prompt.ids) for prompt in prompts)
-        if longest > self._prompt_tokens:
-            raise ValueError(f"a prompt has {longest} tokens, and there is room for {self._prompt_tokens}")
+        for prompt in prompts:
+            self._check(prompt)
         count, size = places.size, self._model.config.vision.image_size
-        rows = np.flatnonzero(places < self._slots)[: len(prompts)]
-        local = np.full(count, self._slots, np.int32)  # past the end: written nowhere
-        local[rows] = places.reshape(-1)[rows] % (self._slots // self._rows)
+        rows = np.flatnonzero(places < self.slots)[: len(prompts)]
+        local = np.full(count, self.slots, np.int32)  # past the end: written nowhere
+        local[rows] = places.reshape(-1)[rows] % (self.slots // self._rows)
         seeds = np.zeros(count, np.uint32)
         seeds[rows] = [prompt.seed for prompt in prompts]
         images = None
@@ -219,6 +216,18 @@ class Generator:
             arrays = jax.device_put(arrays, over_rows(self._mesh))
         with self._on_mesh():
             return self._read(self._params, state, *arrays)
+
+    def _check(self, prompt):
+        """Raises if a prompt cannot be answered: what is compiled would say nonsense to it."""
+        tokens, places = len(prompt.ids), np.count_nonzero(prompt.ids == IMAGE_SLOT)
+        wanted = 0 if prompt.image is None else self._model.config.vision.image_tokens
+        if not 0 < tokens <= self._prompt_tokens:
+            raise ValueError(f"a prompt has {tokens} tokens, and there is room for 1 to {self._prompt_tokens}")
+        if places != wanted:
+            has = "no picture" if prompt.image is None else "a picture"
+            raise ValueError(f"a prompt with {has} needs {wanted} places for its tokens, and has {places}")
+        if not 0 <= prompt.seed < 2**32:
+            raise ValueError(f"the seed of a prompt must be from 0 to 2**32 - 1, got {prompt.seed}")
 
     def _pad(self, texts, rows, count):
         """Returns ids int32[n, P] and lengths int32[n] with texts in some rows."""
@@ -239,8 +248,9 @@ class Generator:
             return written.reshape(old.shape)
 
         def put_prompts(old, new):
-            """Writes new [L, n, P, ...] into the first places of some prompts of old [L, S, ...]."""
-            return jax.vmap(lambda old, new: old.at[:, : new.shape[1]].set(put(old[:, : new.shape[1]], new)))(old, new)
+            """Writes new [L, n, G, P, K] into the first places of some prompts of old [L, S, G, ...]."""
+            into = lambda old, new: old.at[:, :, : new.shape[2]].set(put(old[:, :, : new.shape[2]], new))
+            return jax.vmap(into)(old, new)
 
         logits, streams = [], []
         for i, (stream, (ids, lengths)) in enumerate(zip(state.streams, batches, strict=True)):
@@ -249,8 +259,12 @@ class Generator:
             kept = stream.kept._replace(prompt_keys=prompts[0], prompt_values=prompts[1])
             logits.append(said)
             streams.append(_Stream(kept, put(stream.lengths, lengths)))
-        debias = self._decoding.debias
-        first = (calibrate if debias.labels else contrast)(logits[0], logits[1:], debias) if logits[1:] else logits[0]
+        debias, first = self._decoding.debias, logits[0]
+        if debias.labels:
+            pictured = jnp.any(batches[0][0] == IMAGE_SLOT, axis=1)
+            first = calibrate(first, logits[1:], debias, pictured)
+        elif logits[1:]:
+            first = contrast(first, logits[1:], debias)
         first = jnp.broadcast_to(first[:, None], (len(seeds), *state.logits.shape[1:]))
         new = begin(len(seeds), self._decoding)._replace(seeds=seeds, done=jnp.zeros(len(seeds), bool))
         return _State(jax.tree.map(put, state.search, new), tuple(streams), put(state.logits, first))
@@ -268,7 +282,7 @@ class Generator:
         debias = self._decoding.debias
         whole = state.streams
         near = lambda kept: kept._replace(
-            beam_keys=kept.beam_keys[:, :, :, :window], beam_values=kept.beam_values[:, :, :, :window]
+            beam_keys=kept.beam_keys[..., :window, :], beam_values=kept.beam_values[..., :window, :]
         )
         state = state._replace(streams=tuple(stream._replace(kept=near(stream.kept)) for stream in whole))
 
@@ -277,7 +291,8 @@ class Generator:
             mix = NextToken(stream.lengths, search.row_of[:, :, :window], before)
             logits, (keys, values) = self._model.next_token(params, ids, mix, stream.kept)
             # Slot by slot, which tells the compiler that no device needs what another one writes.
-            write = jax.vmap(lambda kept, new, at: kept.at[:, :, at].set(new, mode="drop"), (1, 1, 0), 1)
+            into = lambda kept, new, at: kept.at[..., at, :].set(new.swapaxes(1, 2), mode="drop")
+            write = jax.vmap(into, (1, 1, 0), 1)
             keys, values = (
                 write(stream.kept.beam_keys, keys, before),
                 write(stream.kept.beam_values, values, before),
@@ -300,7 +315,7 @@ class Generator:
             return (jnp.sum(search.done) < enough) & room & (times < most)
 
         state, _ = jax.lax.while_loop(wanted, say, (state, 0))
-        put_back = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=3)
+        put_back = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=4)
         streams = tuple(
             new._replace(
                 kept=new.kept._replace(

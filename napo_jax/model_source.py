@@ -5,6 +5,7 @@ itself began with, adapters merged.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from napo_jax.sharding import shard_params
 from napo_jax.weights import load_pretrained
 from napo_jax.world.language import world_tokenizer
 from napo_jax.world.model import world_model
+
+_SAMPLES, _SAMPLE_BYTES = 16, 4096  # that are read of a file of weights to tell it from others
 
 
 class Run(NamedTuple):
@@ -61,6 +64,23 @@ class Source(NamedTuple):
     def __str__(self):
         """Says in a few words where it comes from."""
         return " with ".join([f"{self.folder}" if self.folder else f"{self.size} and random", *map(str, self.runs)])
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits that tell models apart; reads a little of each file of weights.
+
+        The same weights in another layout have another one: `weights_digest` is the digest of what they are.
+        """
+        digest = hashlib.blake2b(repr((self.seed, self.size)).encode() if self.folder is None else b"", digest_size=16)
+        for file in sorted(self.folder.glob("*.safetensors"), key=os.fspath) if self.folder else ():
+            digest.update(f"{file.name} {file.stat().length}".encode())
+            with file.open("rb") as f:
+                for part in range(_SAMPLES):  # trained further, weights differ everywhere
+                    f.seek(file.stat().length * part // _SAMPLES)
+                    digest.update(f.read(_SAMPLE_BYTES))
+        for run in self.runs:
+            digest.update(f"{run.step} {json.dumps(run.config, sort_keys=True)}".encode())
+        return digest.hexdigest()
 
     @property
     def shape(self) -> LlavaConfig:

@@ -1,8 +1,7 @@
 """A model that is ready to say something: in one type, on devices of this process, with what it is asked in front."""
 
-from typing import NamedTuple
-
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -130,12 +130,48 @@ def test_a_writing_that_fails_leaves_the_file_that_was_there(tmp_path):
     assert (tmp_path / "out" / "a.parquet").read_bytes() == before
 
 
+def test_row_groups_and_files_without_rows(tmp_path):
+    (tmp_path / "in").mkdir()
+    some = pa.Table.from_pylist(rows(3))
+    with pq.ParquetWriter(tmp_path / "in" / "a.parquet", some.schema) as writer:
+        for size in (3, 0, 3):
+            writer.write_table(some.slice(0, size))
+    (file,) = opened(tmp_path / "in")
+    assert file.groups == (3, 0, 3)
+    out = again(file, tmp_path / "out", 6)
+    assert out.read()["idx"].to_pylist() == [0, 1, 2, 0, 1, 2]
+    assert [out.metadata.row_group(i).num_rows for i in range(out.metadata.num_row_groups)] == [3, 0, 3]
+
+
+@pytest.mark.parametrize("kept", [b"not json", b"[]", b'{"info": null}', b'{"info": {"features": []}}', b"{}"])
+def test_what_is_kept_of_columns_may_be_of_any_kind(tmp_path, kept):
+    (file,) = opened(write(tmp_path / "in", 2, metadata={b"huggingface": kept}))
+    assert again(file, tmp_path / "out", 2).schema_arrow.metadata[b"huggingface"] == kept
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    (file,) = opened(write(tmp_path / "in", 2))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.parquet.0123abcd.tmp").write_bytes(b"half")
+    again(file, tmp_path / "out", 2)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.parquet"]
+
+
+def test_a_column_that_is_built_need_not_be_there(tmp_path):
+    source = write(tmp_path / "in", 2)
+    (file,) = opened(source, columns={"question_only": "qo", "question": "question"})
+    assert "question_only" not in file.columns
+
+
 def test_inputs_that_cannot_be_used_are_one_line(tmp_path):
     source = write(tmp_path / "in", 3)
     with pytest.raises(DataError, match="names no file"):
         opened(tmp_path / "nothing")
     with pytest.raises(DataError, match="would be written over; name another folder for the output"):
         opened(source, output=tmp_path / "in")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(DataError, match="would be written over"):
+        opened(source, output=tmp_path / "link")
     with pytest.raises(DataError, match="has a column chosen already; drop it there, or leave that answer out"):
         opened(source, names=["chosen"])
     with pytest.raises(DataError, match="has no column what for 'question'"):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -60,13 +61,13 @@ def config_of(folder, **data):
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, **data))
 
 
-def run(folder, name, devices=1, mesh=None, source="in", **options):
+def run(folder, name, devices=1, mesh=None, source="in", model=None, data=None, **options):
     """Builds into a folder; returns the rows of the first file that it wrote, and the summary."""
     options = {"decoding": DECODING, "slots": 4, "piece": 5} | options
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build_bias, "make_mesh", lambda config, _: make_mesh(config, jax.devices()[:devices]))
-        config = dataclasses.replace(config_of(folder), mesh=mesh or MeshConfig())
+        config = dataclasses.replace(config_of(model or folder, **data or {}), mesh=mesh or MeshConfig())
         everything = Options(input=(str(folder / source),), output=str(folder / name), **options)
         summary = build(config, everything, Console(said))
     files = sorted((folder / name).glob("*.parquet"))
@@ -169,7 +170,7 @@ def test_rotten_rows_are_counted_and_shift_nothing(folder):
 def test_filters_are_switched_without_saying_anything_again(folder, monkeypatch):
     first, summary, _ = run(folder, "filters", decoding=Decoding(max_tokens=8))
     assert summary["answers"]["question_only"]["faults"]["cut"] > 2
-    monkeypatch.setattr(build_bias, "Generator", None)
+    monkeypatch.setattr(build_bias, "load_speaker", None)
     every, summary, said = run(folder, "filters", decoding=Decoding(max_tokens=8), filters=())
     assert summary["answers"]["question_only"]["faults"] == {}
     assert "filters                   none" in (folder / "filters" / "report.txt").read_text()
@@ -195,7 +196,7 @@ def test_some_rows_first_and_then_the_rest(folder, whole):
 
 
 def test_a_dry_run_writes_nothing(folder, monkeypatch):
-    monkeypatch.setattr(build_bias, "load_leaves", None)
+    monkeypatch.setattr(build_bias, "load_speaker", None)
     rows, _, said = run(folder, "dry", dry_run=True)
     assert rows is None
     assert not (folder / "dry").exists()
@@ -220,20 +221,70 @@ def test_other_masks_and_another_answer(folder):
 
 
 def test_a_folder_that_was_begun_in_another_way_is_refused(folder, whole):
-    with pytest.raises(ValueError, match=r"whole was begun with decoding.beams 3, and not 1"):
+    with pytest.raises(ValueError, match=r"whole/build was begun with decoding.beams 3, and not 1"):
         run(folder, "whole", decoding=Decoding(max_tokens=20))
     with pytest.raises(ValueError, match=r'begun with answers.question_only.image "no_image", and not "black"'):
         run(folder, "whole", image_mask="black")
 
 
-def test_other_weights_are_refused_before_anything_is_said(folder, monkeypatch):
-    run(folder, "weights", limit=1)
-    load = build_bias.load_leaves
-    monkeypatch.setattr(
-        build_bias, "load_leaves", lambda *args: {path: leaf * 1.5 for path, leaf in load(*args).items()}
-    )
-    with pytest.raises(ValueError, match="weights was begun with weights "):
-        run(folder, "weights")
+def test_other_weights_are_refused_also_when_all_is_said(folder, whole):
+    other = folder / "other model"
+    shutil.copytree(folder / "model", other / "model")
+    weights = other / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start::4] = bytes(byte ^ 1 for byte in data[start::4])  # the last bit of every number
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"whole/build was begun with source "):
+        run(folder, "whole", model=other)
+
+
+def test_inputs_that_changed_are_refused(folder):
+    """Another order of rows, or another folder of pictures: what was said would stand beside other rows."""
+    (folder / "changing").mkdir()
+    rows = [row(i) for i in range(4)]
+    file = folder / "changing" / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    run(folder, "out changing", source="changing", limit=2, decoding=Decoding(max_tokens=8))
+    pq.write_table(pa.Table.from_pylist(rows[::-1]), file)
+    with pytest.raises(ValueError, match=r"begun with inputs.a.parquet."):
+        run(folder, "out changing", source="changing", decoding=Decoding(max_tokens=8))
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    with pytest.raises(ValueError, match=r"begun with image_root null, and not "):
+        run(
+            folder, "out changing", source="changing", decoding=Decoding(max_tokens=8), data={"image_root": "elsewhere"}
+        )
+
+
+def test_files_without_rows_and_files_of_others(folder):
+    (folder / "three").mkdir()
+    table = pa.Table.from_pylist([row(i) for i in range(2)])
+    for name, rows in (("a", table), ("b", table.slice(0, 0)), ("c", table)):
+        pq.write_table(rows, folder / "three" / f"{name}.parquet")
+    options = {"source": "three", "decoding": Decoding(max_tokens=8)}
+    (folder / "taken").mkdir()
+    (folder / "taken" / "c.parquet").write_text("of somebody else")
+    with pytest.raises(ValueError, match=r"c.parquet is there, and no build of it"):
+        run(folder, "taken", **options)
+    _, summary, _ = run(folder, "out three", **options)
+    assert summary["rows"] == 4
+    assert [pq.read_metadata(folder / "out three" / f"{name}.parquet").num_rows for name in "abc"] == [2, 0, 2]
+    _, _, said = run(folder, "out three", **options)
+    assert "all of that is done" in said
+    with pytest.raises(ValueError, match="has 4 rows already; name another output for the first 2"):
+        run(folder, "out three", limit=2, **options)
+
+
+def test_pictures_by_their_paths_are_shown(folder):
+    (folder / "paths" / "pictures").mkdir(parents=True)
+    rows = [row(i) for i in range(3)]
+    for i, each in enumerate(rows):
+        (folder / "paths" / "pictures" / f"{i}.png").write_bytes(each["image"])
+        each["image"] = f"pictures/{i}.png" if i else "pictures/none.png"
+    pq.write_table(pa.Table.from_pylist(rows), folder / "paths" / "a.parquet")
+    built, _, _ = run(folder, "out paths", source="paths", decoding=Decoding(max_tokens=8))
+    assert [each["image_only_fault"] == "image_missing" for each in built] == [True, False, False]
+    assert (folder / "out paths" / "report.html").read_text().count("<img") == 2
 
 
 def test_the_files_are_what_training_reads(folder, whole):
@@ -250,6 +301,7 @@ def test_the_files_are_what_training_reads(folder, whole):
         (["--input", "nothing.parquet", "--output", "x"], "nothing.parquet names no file"),
         (["--input", "IN", "--output", "x", "--image-mask", "grey"], "there is no image mask 'grey'"),
         (["--input", "IN", "--output", "x", "--also", "image_only", "noise"], "also names image_only"),
+        (["--input", "IN", "--output", "x", "--also", "image_only_fault", "noise"], "two columns the name"),
         (["--input", "IN", "--output", "x", "--limit", "0"], "limit must be at least 1"),
         (["--input", "IN", "--output", "x", "--decoding.max-tokens", "5000"], "lower it"),
         (["--input", "IN", "--output", "x", "--filters", "long"], "filters"),

@@ -29,15 +29,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, name, processes=1, **options):
-    """Starts a build of one device a process."""
+def start(folder, name, processes=1, devices=1, **options):
+    """Starts a build of so many devices a process."""
     options = {"input": folder / "in", "output": folder / name, "model.path": folder / "model", "piece": 2} | options
     options |= {"decoding.beams": 3, "decoding.max-tokens": 24, "slots": 4}
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "napo_jax.build_bias", "--config", "configs/debug.py", *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     if processes == 1:
         return [subprocess.Popen(command, env=environment, **pipes)]
@@ -78,11 +78,12 @@ def whole(folder):
 
 
 def test_ten_kills_at_random_moments_change_no_row(folder, whole):
+    """Each time it goes on, on one, two or eight devices."""
     chance, kills, seen = random.Random(0), 0, []
     while kills < KILLS:
         before = pieces(folder, "killed")
-        (process,) = start(folder, "killed")
-        if kills % 3 == 0:  # while it starts, or soon after
+        (process,) = start(folder, "killed", devices=(1, 2, 8)[kills % 3])
+        if chance.random() < 0.3:  # while it starts, or soon after
             time.sleep(chance.random() * 4)
         else:  # while it speaks and writes
             wanted, until = before + chance.randrange(1, 4), time.monotonic() + 120
@@ -99,7 +100,7 @@ def test_ten_kills_at_random_moments_change_no_row(folder, whole):
     assert kills == KILLS, f"it was done after {kills} kills: {seen}"
     assert seen == sorted(seen), "a piece was lost"
     assert seen[-1] > seen[0], "no build came further than the one before"
-    said = finish(start(folder, "killed"))
+    said = finish(start(folder, "killed", devices=2))
     left = int(said.partition(" answers to go")[0].rpartition(" ")[2])
     assert 0 < left < 2 * ROWS, "the last one began anew"
     assert built(folder, "killed") == whole

@@ -21,8 +21,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 # Of the published shapes, by hand: decoder and projector, or two factors of rank 64 beside seven matrices of 32 layers.
 TRAINED = {
     "debug": 134_976,
-    # Five layers of four matrices of 160 and three of 160 x 432, 78 words in and out, the projector; and the tower: two of
-    # its layers, patches, places and norms.
+    # Five layers of four matrices of 160 and three of 160 x 432, 78 words in and out, the projector; and the tower: two
+    # of its layers, patches, places and norms.
     "shapes_sft": 5 * (4 * 160**2 + 3 * 160 * 432 + 2 * 160)
     + 2 * 78 * 160
     + 160

@@ -159,8 +159,24 @@ def test_calibration_by_hand(rule):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def test_labels_that_are_alike_and_prompts_without_a_picture_stay_as_they_are():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]))
+    for rule in ("divide", "subtract"):
+        debias = Debias("none", labels=((0,), (1,)), rule=rule)
+        got = np.exp(calibrate(logits, [logits], debias, jnp.array([True, False])))
+        np.testing.assert_allclose(got[1], [0.625, 0.375, 0], rtol=1e-6)
+        assert np.isfinite(got).all()
+        assert got[0].sum() == pytest.approx(1)
+
+
 def test_a_closed_answer_begins_with_the_calibrated_label(model, prompts):
-    labels = ((30, 31), (40,), (50, 51))
+    # The token that the first prompt likes best, and the one that its picture speaks for most: these two change places.
+    (seen,) = next_logits(model, [prompts[0].ids.tolist()], prompts[0].image)
+    (blind,) = next_logits(model, with_and_without(prompts[0], "none"), None)
+    best, gained = int(np.argmax(seen)), int(np.argmax(seen - blind))
+    assert best != gained
+    others = [token for token in range(60, 64) if token not in (best, gained)]
+    labels = ((best, others[0]), (gained,), (others[1],))
     said = by_us(model, prompts, debias=Debias("none", labels=labels))
     plain = by_us(model, prompts)
     changed = 0
@@ -169,7 +185,7 @@ def test_a_closed_answer_begins_with_the_calibrated_label(model, prompts):
         (blind,) = next_logits(model, with_and_without(prompt, "none"), None)
         mass = lambda values: np.array([np.logaddexp.reduce(values[list(label)]) for label in labels])
         share = lambda values: np.exp(values - np.logaddexp.reduce(values))
-        ratio = share(mass(seen)) / (share(mass(blind)) + 1e-4)
+        ratio = share(mass(seen)) / (1 if prompt.image is None else share(mass(blind)) + 1e-4)
         shares = {t: ratio[i] * np.exp(seen[t] - mass(seen)[i]) for i, label in enumerate(labels) for t in label}
         assert said[prompt.key][0] == max(shares, key=shares.get)
         changed += said[prompt.key][0] != max(shares, key=lambda token: seen[token])

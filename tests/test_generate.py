@@ -200,8 +200,21 @@ def test_tokens_are_drawn_by_their_probabilities(options):
 
 
 def test_a_prompt_that_is_too_long_is_refused(params):
-    with pytest.raises(ValueError, match="a prompt has 70 tokens, and there is room for 64"):
-        by_us(params, [Prompt(0, np.full(70, 3, np.int32))])
+    words = np.full(70, 3, np.int32)
+    with pytest.raises(ValueError, match="a prompt has 70 tokens, and there is room for 1 to 64"):
+        by_us(params, [Prompt(0, words)])
+    with pytest.raises(ValueError, match="a prompt has 0 tokens, and there is room"):
+        by_us(params, [Prompt(0, words[:0])])
+    with pytest.raises(ValueError, match="seed of a prompt must be from 0 to"):
+        by_us(params, [Prompt(0, words[:3], seed=-1)])
+    places, picture = np.full(CONFIG.vision.image_tokens, IMAGE_SLOT, np.int32), np.zeros((28, 28, 3), np.float32)
+    for ids, image, message in (
+        (places, None, "with no picture needs 0 places"),
+        (places[1:], picture, "with a picture needs"),
+        (words[:3], picture, "with a picture needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            by_us(params, [Prompt(0, ids, image)])
     with pytest.raises(ValueError, match="exceed the model's 256 positions"):
         Generator(Llava(CONFIG), params, Decoding(max_tokens=200), prompt_tokens=64)
     for options, message in (

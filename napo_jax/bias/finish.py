@@ -5,14 +5,22 @@ import json
 
 from napo_jax.bias.filters import FILTERS, find_fault
 from napo_jax.bias.inputs import write_output
-from napo_jax.bias.pieces import BOOKKEEPING, Line, read_manifest, write_durably, write_manifest
 from napo_jax.bias.report import Report, Row, Said, as_text, write_page
-from napo_jax.bias.work import Work
+from napo_jax.bias.work import BOOKS, Work
 from napo_jax.data.sources import RowError, read_image, read_question, read_text
 from napo_jax.decoding import Decoding
+from napo_jax.pieces import Line, read_manifest, write_durably, write_manifest
 
-SUMMARY, PAGE, TEXT = f"{BOOKKEEPING}/report.json", "report.html", "report.txt"  # where the report is
-_PROVENANCE = ("model", "weights", "dtype", "tokenizer", "image_rule", "decoding")  # settings that go with every row
+SUMMARY, PAGE, TEXT = f"{BOOKS}/report.json", "report.html", "report.txt"  # where the report is
+_PROVENANCE = (
+    "model",
+    "weights",
+    "dtype",
+    "template",
+    "tokenizer",
+    "image_rule",
+    "decoding",
+)  # settings that go with every row
 
 
 def finish(work: Work, written, filters=FILTERS) -> dict:
@@ -23,7 +31,7 @@ def finish(work: Work, written, filters=FILTERS) -> dict:
       written: what the manifest is to say of it, a dict for JSON.
       filters: names of the faults that take an answer out.
     """
-    settings = read_manifest(work.folder, work.settings)["settings"]
+    settings = read_manifest(work.books, work.settings)["settings"]
     made_by = {name: settings[name] for name in _PROVENANCE}
     provenance = {name: json.dumps(made_by | dataclasses.asdict(recipe)) for name, recipe in work.recipes.items()}
     report = Report(
@@ -31,24 +39,21 @@ def finish(work: Work, written, filters=FILTERS) -> dict:
         | {name: str(recipe) for name, recipe in work.recipes.items()}
         | {"decoding": _in_short(settings["decoding"]), "filters": ", ".join(filters) or "none"}
     )
-    before = 0
-    for number, file in enumerate(work.inputs):
-        if not work.wanted(number):
-            break
+    for number in work.written_files:
+        file, before = work.inputs[number], sum(file.rows for file in work.inputs[:number])
 
         def judge(row, values, number=number, before=before):
             texts = _texts(values)
             said = {name: _judge(work.lines[number, row, name], texts, filters) for name in work.recipes}
-            report.add(Row(before + row, **texts, said=said))
+            report.add(Row(before + row, **texts, said=said, file=number))
             return {name: (None if answer.fault else answer.text, answer.fault) for name, answer in said.items()}
 
         write_output(file, work.folder, work.wanted(number), list(work.recipes), judge, provenance)
-        before += file.rows
     summary = report.summary()
     write_durably(work.folder / SUMMARY, json.dumps(summary, indent=1))
     write_durably(work.folder / TEXT, as_text(summary) + "\n")
-    write_page(work.folder / PAGE, report)
-    write_manifest(work.folder, settings, written)
+    write_page(work.folder / PAGE, report, work.picture)
+    write_manifest(work.books, settings, written)
     return summary
 
 
@@ -61,13 +66,12 @@ def _judge(line: Line, texts, filters) -> Said:
 
 def _texts(values):
     """Returns what there is of a row, however rotten it is: None for the rest."""
-    image = _or_none(read_image, values.get("image"))
     answer = lambda name: read_text(values.get(name), "assistant")
     return {
         "question": _or_none(read_question, values.get("question")),
         "chosen": answer("chosen"),
         "rejected": answer("rejected"),
-        "image": image if isinstance(image, bytes) else None,
+        "image": _or_none(read_image, values.get("image")),
     }
 
 

@@ -24,6 +24,7 @@ class InputFile(NamedTuple):
     """A parquet file."""
 
     path: epath.Path
+    bytes: int
     groups: tuple[int, ...]  # rows of its row groups
     columns: dict[str, str]  # our name -> its column
 
@@ -43,6 +44,7 @@ def open_inputs(paths, names, columns, output) -> list[InputFile]:
       output: epath.Path of the folder that files of the same names will be written to.
     """
     found = []
+    columns = {name: column for name, column in columns.items() if name not in names}  # these are built, not read
     for file in find_files(paths):
         if file.suffix != ".parquet":
             raise DataError(f"{file} is no parquet file; expected files of rows as RLAIF-V has them")
@@ -53,9 +55,10 @@ def open_inputs(paths, names, columns, output) -> list[InputFile]:
         matched = match_columns(file, there, columns, ())
         with file.open("rb") as f:
             metadata = pq.read_metadata(f)
+            size = f.seek(0, os.SEEK_END)
         groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-        found.append(InputFile(file, groups, matched))
-        if os.fspath(file.parent) == os.fspath(output):
+        found.append(InputFile(file, size, groups, matched))
+        if _real(file.parent) == _real(output):
             raise DataError(f"{file} would be written over; name another folder for the output")
     names = [file.path.name for file in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -88,7 +91,7 @@ def read_rows(file: InputFile, rows: set[int], work: Callable, *, image_root, ex
     """
     if not rows:
         return
-    root = real_root(file.path.parent if image_root is None else epath.Path(image_root))
+    root = image_root_of(file, image_root)
     batches = read_batches(file.path, file.columns)
     wanted = ((i, row) for i, row in enumerate(itertools.chain.from_iterable(batches)) if i in rows)
     run = lambda number, values: (number, work(number, check_row(values, root, exif)))
@@ -104,6 +107,11 @@ def read_rows(file: InputFile, rows: set[int], work: Callable, *, image_root, ex
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def image_root_of(file: InputFile, root) -> epath.Path:
+    """Returns the folder that paths of pictures start from: the one that is named, or that of the file."""
+    return real_root(file.path.parent if root is None else epath.Path(root))
 
 
 def write_output(file: InputFile, folder, rows: int, names, answers: Callable, provenance: dict[str, str]):
@@ -122,6 +130,8 @@ def write_output(file: InputFile, folder, rows: int, names, answers: Callable, p
     types = {"": text, "_fault": text, "_made_by": pa.dictionary(pa.int32(), text)}
     fields = [pa.field(f"{name}{suffix}", types[suffix]) for name in names for suffix in SUFFIXES]
     target = folder / file.path.name
+    for left in folder.glob(f"{file.path.name}.*.tmp"):  # by a process that was killed
+        left.unlink()
     aside = folder / f"{file.path.name}.{uuid.uuid4().hex[:8]}.tmp"
     first = 0
     with file.path.open("rb") as source, aside.open("wb") as sink:
@@ -132,14 +142,14 @@ def write_output(file: InputFile, folder, rows: int, names, answers: Callable, p
         options = {"compression": _compression(parquet.metadata)}
         with pq.ParquetWriter(sink, schema, **options) as writer:
             for group, size in enumerate(file.groups):
-                size = min(size, rows - first)
-                if size <= 0:
+                if first >= rows:
                     break
+                size = min(size, rows - first)
                 table = parquet.read_row_group(group).slice(0, size)
                 found = [answers(first + i, values) for i, values in enumerate(_values(table, file.columns))]
                 arrays = list(table.columns)
                 for name in names:
-                    said, faults = zip(*(answer[name] for answer in found), strict=True)
+                    said, faults = zip(*(answer[name] for answer in found), strict=True) if found else ((), ())
                     made_by = pa.DictionaryArray.from_arrays(
                         pa.array([0] * size, pa.int32()), pa.array([provenance[name]], text)
                     )
@@ -150,6 +160,11 @@ def write_output(file: InputFile, folder, rows: int, names, answers: Callable, p
             sink.flush()
             os.fsync(sink.fileno())
     aside.replace(target)
+
+
+def _real(folder):
+    """Returns where a folder truly is, for comparison."""
+    return os.path.realpath(folder) if is_local(folder) else os.fspath(folder)
 
 
 def _values(table, columns):
@@ -176,10 +191,10 @@ def _compression(metadata):
 def _with_features(metadata, names):
     """Returns a schema's metadata with new text columns in what the `datasets` library keeps there of its columns."""
     metadata = dict(metadata or {})
-    if b"huggingface" in metadata:
+    try:
         known = json.loads(metadata[b"huggingface"])
-        features = known.get("info", {}).get("features")
-        if features is not None:
-            features |= {name: {"dtype": "string", "_type": "Value"} for name in names}
-            metadata[b"huggingface"] = json.dumps(known).encode()
+        known["info"]["features"] |= {name: {"dtype": "string", "_type": "Value"} for name in names}
+        metadata[b"huggingface"] = json.dumps(known).encode()
+    except (KeyError, ValueError, TypeError):  # there is nothing of the kind, or it is of another kind: leave it
+        pass
     return metadata or None

@@ -66,7 +66,7 @@ class Asker:
           seed: of masks that are drawn and of answers that are, beside the record's own.
         """
         self._recipe, self._prompter, self._vision, self._unk = recipe, prompter, vision, unk
-        self._rule, self._exif, self._seed = image_rule, exif, seed
+        self._rule, self._exif, self._seed, self._device = image_rule, exif, seed, _host_device()
 
     def ids(self, questions) -> list:
         """Returns the token ids int32[P] of each question's prompt, or a PromptError in its place."""
@@ -98,8 +98,16 @@ class Asker:
             return None
         pixels = fit(decode(data, exif=self._exif), self._vision.image_size, self._rule)
         variant = "clean" if self._recipe.image == "kept" else self._recipe.image
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # accelerators have the answers to say
+        with jax.default_device(self._device):
             return np.asarray(_variant(pixels, seed, variant, self._vision.patch_size))
+
+
+def _host_device():
+    """Returns the host's CPU, as accelerators have answers to say; one of them where JAX is told to know no other."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -43,16 +43,18 @@ class Row(NamedTuple):
     Attributes:
       number: its place in the whole input.
       question: as stored, None where there is none; `chosen` and `rejected` likewise.
-      image: the encoded picture as stored, perhaps damaged; None where there is none.
+      image: the encoded picture as stored, perhaps damaged, or its path; None where there is none.
       said: the `Said` of each built answer by its name, such as "question_only".
+      file: the number of its file, from which a path starts.
     """
 
     number: int
     question: str | None
     chosen: str | None
     rejected: str | None
-    image: bytes | None
+    image: bytes | str | None
     said: dict[str, Said]
+    file: int = 0
 
 
 class Report:
@@ -123,7 +125,7 @@ def _hash(row):
 
 def _without_picture(row):
     fields = row._asdict() | {"said": {name: said._asdict() for name, said in row.said.items()}}
-    del fields["image"]
+    del fields["image"], fields["file"]
     return fields
 
 
@@ -188,19 +190,20 @@ def _texts(sample):
             yield f"{name}, {said['tokens']} tokens", said["text"], False
 
 
-def write_page(path, report: Report):
+def write_page(path, report: Report, picture=lambda file, image: image):
     """Writes the report as a page that needs no other file.
 
     Args:
       path: the file to write.
       report: the `Report`.
+      picture: (file, image of a row) -> the encoded picture or None; for rows that hold paths.
     """
     summary = report.summary()
     settings = [(name, str(value)) for name, value in summary["settings"].items()]
     body = [table(("what was built", "how"), settings) if settings else "", f"<p>{summary['rows']:,} rows.</p>"]
     tables = (f"<div><h2>{title}</h2>{table(head, rows)}</div>" for title, head, rows in _tables(summary))
     body.append(f'<div class="tables">{"".join(tables)}</div><h2>Rows</h2>')
-    body += [_sample(s, r.image) for s, r in zip(summary["samples"], report.samples(), strict=True)]
+    body += [_sample(s, picture(r.file, r.image)) for s, r in zip(summary["samples"], report.samples(), strict=True)]
     write_html(path, "The answers that were built", "".join(body), _STYLE)
 
 

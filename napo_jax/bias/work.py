@@ -1,16 +1,23 @@
 """A build under way: what is asked of which rows, what was said, and what is left to say."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 
-from napo_jax.bias.inputs import open_inputs, read_questions, read_rows
+from napo_jax.bias.inputs import image_root_of, open_inputs, read_questions, read_rows
 from napo_jax.bias.masks import Asker
-from napo_jax.bias.pieces import Line, Pieces, read_manifest
 from napo_jax.config import Config
 from napo_jax.data.prompts import Prompter, PromptError
+from napo_jax.data.sources import RowError
+from napo_jax.data.store import read_picture
 from napo_jax.decoding import Decoding
 from napo_jax.model_source import absolute, find_model
+from napo_jax.pieces import Line, Pieces, read_manifest
+from napo_jax.speaker import unknown_word
 
+BOOKS = "build"  # inside the output, where what reads the output as data does not look
 _TOO_LONG = "prefix_too_long"
 
 
@@ -25,6 +32,7 @@ class Work:
       source: where the model comes from, a `model_source.Source`; and `shape`, its `LlavaConfig`.
       tokenizer: the model's.
       settings: all that decides the answers, a dict for JSON.
+      books: epath.Path of the folder of pieces and manifest: what reads `folder` as data does not look there.
       manifest: what an earlier call has left; empty if there was none.
       lines: {(file, row, name): `Line`} of what was said so far.
     """
@@ -45,27 +53,50 @@ class Work:
         self.inputs = open_inputs(paths, recipes, config.data.columns, self.folder)
         self.source = find_model(config.model, config.train.seed)
         self.tokenizer, self.shape = self.source.tokenizer, self.source.shape
-        data, unk = config.data, self.tokenizer.unk_token_id
-        self.unk = 0 if unk is None else unk
+        data, self._root = config.data, config.data.image_root and str(absolute(config.data.image_root))
+        self._questions = [list(read_questions(file)) for file in self.inputs]
         prompter = Prompter(self.tokenizer, data.template, self.shape.vision.image_tokens)
-        looks = {"image_rule": data.image_rule, "exif": data.exif, "seed": decoding.seed, "unk": self.unk}
+        looks = {"image_rule": data.image_rule, "exif": data.exif, "seed": decoding.seed}
+        looks["unk"] = unknown_word(self.tokenizer)
         self._askers = {name: Asker(recipe, prompter, self.shape.vision, **looks) for name, recipe in recipes.items()}
         self.settings = {
             "model": str(self.source),
+            "source": self.source.fingerprint,
             "dtype": config.model.dtype,
+            "template": data.template,
             "tokenizer": prompter.fingerprint,
             "answers": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
             "decoding": dataclasses.asdict(decoding),
             "image_rule": data.image_rule,
             "exif": data.exif,
             "columns": data.columns,
-            "inputs": [[file.path.name, file.rows] for file in self.inputs],
+            "image_root": self._root,
+            "inputs": {
+                file.path.name: {"bytes": file.bytes, "questions": _digest(questions)}
+                for file, questions in zip(self.inputs, self._questions, strict=True)
+            },
         }
-        self.manifest = read_manifest(self.folder, self.settings)
+        self.books = self.folder / BOOKS
+        self.manifest = read_manifest(self.books, self.settings)
         self.rows = min(sum(file.rows for file in self.inputs), limit or math.inf)
-        self._pieces = Pieces(self.folder, size=piece)
+        before = (self.manifest.get("written") or {}).get("rows", 0)
+        if self.rows < before:
+            raise ValueError(f"{self.folder} has {before} rows already; name another output for the first {self.rows}")
+        self._check_targets()
+        self._pieces = Pieces(self.books, size=piece)
         self.lines = {}
         self.read_pieces()
+
+    def _check_targets(self):
+        """Raises if files of others would be written over."""
+        for file in self.inputs if not self.manifest else ():
+            if (self.folder / file.path.name).exists():
+                raise ValueError(f"{self.folder / file.path.name} is there, and no build of it: name another output")
+
+    @property
+    def written_files(self) -> list[int]:
+        """The numbers of the files that have a row that is wanted, or none at all."""
+        return [number for number, file in enumerate(self.inputs) if self.wanted(number) or not file.rows]
 
     def wanted(self, number):
         """Returns how many rows of a file are wanted, from its first."""
@@ -106,13 +137,9 @@ class Work:
                 f"decoding.max_tokens is {self._decoding.max_tokens}, and the model has "
                 f"{self.shape.text.max_positions} positions, for the prompt too: lower it"
             )
-        longest = 1
-        for number, file in enumerate(self.inputs):
-            if self.wanted(number):
-                questions = [question for question in read_questions(file) if question is not None]
-                lengths = [len(ids) for ids in self._askers[name].ids(questions) if not isinstance(ids, Exception)]
-                longest = max([longest, *(length for length in lengths if length <= most)])
-        return longest
+        questions = [question for some in self._questions for question in some if question is not None]
+        lengths = [len(ids) for ids in self._askers[name].ids(questions) if not isinstance(ids, Exception)]
+        return max([1, *(length for length in lengths if length <= most)])
 
     def prompts(self, name, room, share=(0, 1)):
         """Yields the prompts of rows that have no answer of a name yet; why a row gives none is kept as its line.
@@ -133,7 +160,7 @@ class Work:
             return prompt if len(prompt.ids) <= room else _TOO_LONG
 
         data = self._data
-        look = {"image_root": data.image_root, "exif": data.exif, "threads": data.threads}
+        look = {"image_root": self._root, "exif": data.exif, "threads": data.threads}
         for number, rows in self.missing(name, share).items():
             work = lambda row, record, number=number: ask(number, row, record)
             for row, prompt in read_rows(self.inputs[number], rows, work, **look):
@@ -141,6 +168,14 @@ class Work:
                     self.keep(Line(number, row, name, None, 0, False, None, prompt))
                 else:
                     yield prompt
+
+    def picture(self, number, image) -> bytes | None:
+        """Returns the picture of a row of a file, whose column holds it or its path; None if there is none."""
+        if not isinstance(image, str):
+            return image
+        with contextlib.suppress(RowError):
+            return read_picture(image_root_of(self.inputs[number], self._root), image)
+        return None
 
     def keep(self, line):
         """Keeps what was said."""
@@ -150,3 +185,8 @@ class Work:
     def flush(self):
         """Writes what is kept and not on disk yet."""
         self._pieces.flush()
+
+
+def _digest(questions):
+    """Returns 32 hex digits that stand for the questions of a file, in their order."""
+    return hashlib.blake2b(json.dumps(questions).encode(), digest_size=16).hexdigest()

@@ -135,7 +135,7 @@ def check_row(values, image_root, exif) -> Record | str:
     """
     try:
         row = parse(values)
-        image = row.image if isinstance(row.image, bytes) else _read_image(image_root, row.image)
+        image = row.image if isinstance(row.image, bytes) else read_picture(image_root, row.image)
         decode(image, exif=exif)
     except (RowError, ImageError) as error:
         return error.reason
@@ -145,6 +145,27 @@ def check_row(values, image_root, exif) -> Record | str:
 def real_root(image_root):
     """Returns a folder of pictures as symbolic links lead there, so that what lies in it can be told."""
     return epath.Path(os.path.realpath(image_root)) if is_local(image_root) else image_root
+
+
+def read_picture(root, name) -> bytes:
+    """Returns the bytes of a picture under a root; raises RowError where there is none, or the path leads elsewhere."""
+    if "\0" in name or name.encode(errors="ignore").decode() != name:
+        raise RowError("image_missing")  # no file can be called so
+    if os.path.isabs(name) or "://" in name or os.path.normpath(name).split("/")[0] == "..":
+        raise RowError("image_outside_root")
+    path = root / name
+    if is_local(root):
+        path = epath.Path(os.path.realpath(path))  # where symbolic links lead
+        if not path.is_relative_to(root):
+            raise RowError("image_outside_root")
+    try:
+        if path.is_file():
+            return path.read_bytes()
+    except (FileNotFoundError, PermissionError):
+        pass
+    except OSError as error:  # the disk's or the network's fault, and not the row's
+        raise DataError(f"{path} cannot be read: {error}") from None
+    raise RowError("image_missing")
 
 
 def unpack(data: bytes) -> Record:
@@ -224,24 +245,3 @@ def _key(image, row):
         digest.update(len(part).to_bytes(8, "little"))  # so that what ends one part cannot begin the next
         digest.update(part)
     return hashlib.blake2b(image, digest_size=PICTURE_DIGITS // 2).hexdigest() + digest.hexdigest()
-
-
-def _read_image(root, name):
-    """Returns the bytes of a picture under a root; a path that leads elsewhere is refused."""
-    if "\0" in name or name.encode(errors="ignore").decode() != name:
-        raise RowError("image_missing")  # no file can be called so
-    if os.path.isabs(name) or "://" in name or os.path.normpath(name).split("/")[0] == "..":
-        raise RowError("image_outside_root")
-    path = root / name
-    if is_local(root):
-        path = epath.Path(os.path.realpath(path))  # where symbolic links lead
-        if not path.is_relative_to(root):
-            raise RowError("image_outside_root")
-    try:
-        if path.is_file():
-            return path.read_bytes()
-    except (FileNotFoundError, PermissionError):
-        pass
-    except OSError as error:  # the disk's or the network's fault, and not the row's
-        raise DataError(f"{path} cannot be read: {error}") from None
-    raise RowError("image_missing")

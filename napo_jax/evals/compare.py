@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 _NEEDED = ("benchmark", "prompts", "variant", "questions")
-_SAME = (*_NEEDED, "judge")  # numbers that differ in one of these do not compare
-_SETTINGS = ("model", "decoding", "dtype", "language", "similarity")  # these may differ, and then it is said
+_SAME = (*_NEEDED, "judge", "synonyms", "similarity")  # numbers that differ in one of these do not compare
+# These may differ, and then it is said.
+_SETTINGS = ("model", "decoding", "dtype", "template", "image_rule", "language", "tagger")
 _RESAMPLES = 2000
 _AT_ONCE = 64  # resamples; bounds the memory
 _PERCENTILES = (2.5, 97.5)
@@ -23,7 +24,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], *, resamples: i
 
     Args:
       first: the result of a benchmark's `score`, with `benchmark` and the fingerprint of its `questions`.
-      second: another of the same benchmark, prompts, variant, questions and judge.
+      second: another of the same benchmark, prompts, variant, questions, judge and tables of words.
       resamples: how many.
       seed: of the drawing.
 

@@ -127,7 +127,7 @@ class _Network(nn.Module):
             return self.language(embeddings, positions, mix)[0]
 
     def prompts(self, images, ids, lengths):
-        """Returns the logits behind each prompt, float32[B, V], and its keys and values, float[L, B, P, G, K]."""
+        """Returns the logits behind each prompt, float32[B, V], and its keys and values, float[L, B, G, P, K]."""
         self._check_positions(ids.shape[1])
         if images is None:
             slots = (ids == IMAGE_SLOT)[..., None]
@@ -249,7 +249,7 @@ class Llava:
           lengths: int32[B].
 
         Returns:
-          float32[B, V], the logits of the first token to say; and (keys, values), float[L, B, P, G, K] each.
+          float32[B, V], the logits of the first token to say; and (keys, values), float[L, B, G, P, K] each.
         """
         if images is not None:
             check_images(images, ids.shape[:1], self.config)

@@ -39,18 +39,24 @@ class Prompts:
     backend: str = dataclasses.field(metadata={"static": True})
 
     def __call__(self, q, k, v, kept):
-        """Maps float[B, P, ...] to (float[B, P, H, K], (keys, values))."""
+        """Maps float[B, P, ...] to (float[B, P, H, K], (keys, values)), these float[B, G, P, K]."""
         del kept
         layout, no_answers = Layout(q.shape[1]), jnp.zeros((q.shape[0], 0), jnp.int32)
-        return attend(q, k, v, layout, self.lengths[:, None], no_answers, self.backend), (k, v)
+        return attend(q, k, v, layout, self.lengths[:, None], no_answers, self.backend), (
+            k.swapaxes(1, 2),
+            v.swapaxes(1, 2),
+        )
 
 
 class Kept(NamedTuple):
-    """Keys and values of S prompts and of what each of their N beams has said so far; layers in front."""
+    """Keys and values of S prompts and of what each of their N beams has said so far; layers in front.
 
-    prompt_keys: jax.Array  # float[L, S, P, G, K]
+    Heads come before tokens, as products want them: the other way round, every step would turn all of it over.
+    """
+
+    prompt_keys: jax.Array  # float[L, S, G, P, K]
     prompt_values: jax.Array
-    beam_keys: jax.Array  # float[L, S, N, T, G, K], by the row that a beam had when it said the token
+    beam_keys: jax.Array  # float[L, S, G, N, T, K], by the row that a beam had when it said the token
     beam_values: jax.Array
 
 
@@ -71,22 +77,22 @@ class NextToken:
         """Maps q float[S, N, H, K] and k, v float[S, N, G, K] to (float[S, N, H, K], (k, v)); kept is of a layer."""
         prompt_keys, prompt_values, beam_keys, beam_values = kept
         slots, beams, _, width = q.shape
-        rows, times = beam_keys.shape[1:3]
-        grouped = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(slots, beams, k.shape[2], -1, width)
+        rows, times = beam_keys.shape[2:4]
+        grouped = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(slots, beams, k.shape[2], -1, width).swapaxes(1, 2)
         product = lambda spec, x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-        over_prompt = product("sngrk,spgk->sngrp", grouped, prompt_keys)
-        there = jnp.arange(prompt_keys.shape[1])[None] < self.prompt_lengths[:, None]
+        over_prompt = product("sgnrk,sgpk->sgnrp", grouped, prompt_keys)
+        there = jnp.arange(prompt_keys.shape[2])[None] < self.prompt_lengths[:, None]
         over_prompt = jnp.where(there[:, None, None, None], over_prompt, -jnp.inf)
-        over_beams = product("sngrk,smtgk->sngrmt", grouped, beam_keys)
+        over_beams = product("sgnrk,sgmtk->sgnrmt", grouped, beam_keys)
         own = self.row_of[:, :, None] == jnp.arange(rows)[None, None, :, None]
         own &= (jnp.arange(times)[None] < self.said[:, None])[:, None, None]
-        over_beams = jnp.where(own[:, :, None, None], over_beams, -jnp.inf)
-        over_itself = product("sngrk,sngk->sngr", grouped, k)[..., None]
+        over_beams = jnp.where(own[:, None, :, None], over_beams, -jnp.inf)
+        over_itself = product("sgnrk,sngk->sgnr", grouped, k)[..., None]
         scores = [over_prompt, over_beams.reshape(*over_beams.shape[:4], -1), over_itself]
         weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v.dtype)
-        cuts = [prompt_keys.shape[1], prompt_keys.shape[1] + rows * times]
+        cuts = [prompt_keys.shape[2], prompt_keys.shape[2] + rows * times]
         of_prompt, of_beams, of_itself = jnp.split(weights, cuts, axis=-1)
-        out = product("sngrp,spgk->sngrk", of_prompt, prompt_values)
-        out += product("sngrmt,smtgk->sngrk", of_beams.reshape(over_beams.shape), beam_values)
-        out += of_itself.astype(jnp.float32) * v[:, :, :, None].astype(jnp.float32)
-        return out.reshape(q.shape).astype(v.dtype), (k, v)
+        out = product("sgnrp,sgpk->sgnrk", of_prompt, prompt_values)
+        out += product("sgnrmt,sgmtk->sgnrk", of_beams.reshape(over_beams.shape), beam_values)
+        out += of_itself.astype(jnp.float32) * v.swapaxes(1, 2)[:, :, :, None].astype(jnp.float32)
+        return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype), (k, v)

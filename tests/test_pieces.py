@@ -6,8 +6,8 @@ import os
 import pytest
 from etils import epath
 
-from napo_jax.bias import pieces
-from napo_jax.bias.pieces import Line, Pieces, read_manifest, write_durably, write_manifest
+from napo_jax import pieces
+from napo_jax.pieces import Line, Pieces, read_manifest, write_durably, write_manifest
 
 
 def line(row, name="a", file=0):
@@ -26,7 +26,7 @@ def test_lines_come_back_as_they_were(tmp_path):
     mine.flush()
     mine.flush()  # nothing more to write
     assert list(other.new()) == lines[6:], "and what was read is not read again"
-    assert len(list((folder / "build" / "pieces").iterdir())) == 3
+    assert len(list((folder / "pieces").iterdir())) == 3
     assert lines[0].key == (0, 0, "a")
 
 
@@ -51,9 +51,9 @@ def test_a_process_that_dies_while_it_writes_leaves_no_piece(tmp_path, monkeypat
 
 
 def test_a_damaged_piece_is_named(tmp_path):
-    (tmp_path / "build" / "pieces").mkdir(parents=True)
+    (tmp_path / "pieces").mkdir()
     for text in ('{"file": 0, "ro', '{"file": 0}', "[1]"):
-        (tmp_path / "build" / "pieces" / "x.jsonl").write_text(text)
+        (tmp_path / "pieces" / "x.jsonl").write_text(text)
         with pytest.raises(ValueError, match=r"x.jsonl, line 1, is damaged; delete the file"):
             list(Pieces(epath.Path(tmp_path)).new())
 
@@ -72,6 +72,18 @@ def test_a_folder_is_of_one_build(tmp_path):
         read_manifest(folder, settings | {"weights": "cd"})
     with pytest.raises(ValueError, match="begun with new null, and not 1"):
         read_manifest(folder, settings | {"new": 1})
+    for text in ('{"settings": {', "[]", "{}"):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+            read_manifest(folder, settings)
+
+
+def test_pieces_of_nobody_knows_what_are_refused(tmp_path):
+    folder = epath.Path(tmp_path / "out")
+    mine = Pieces(folder, size=1)
+    mine.add(line(0))
+    with pytest.raises(ValueError, match=r"out has pieces, and no manifest.json that says of what"):
+        read_manifest(folder, {})
 
 
 def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from etils import epath
 
 from napo_jax.data.store import is_local
 
-BOOKKEEPING = "build"  # the folder inside that of the build: what reads the build's files as data must not meet it
+BOOKS = ".books"  # the end of the name of a folder with a manifest and pieces, beside what they are for
 _MANIFEST, _PIECES = "manifest.json", "pieces"
 _NAMED = "model"  # a setting that only tells people; weights are told apart by what they are
 
@@ -32,6 +32,12 @@ class Line(NamedTuple):
     score: float | None
     why: str | None  # nothing could be asked
 
+    @classmethod
+    def of(cls, file, row, name, text, answer):
+        """Returns the line of a text and of the `Answer` that it spells."""
+        tokens = len(answer.ids) + answer.ended
+        return cls(file, row, name, text, tokens, answer.ended, round(answer.score, 6), None)
+
     @property
     def key(self) -> tuple[int, int, str]:
         """What it is an answer to."""
@@ -42,14 +48,14 @@ class Pieces:
     """The pieces of a build: read all, write this process's own."""
 
     def __init__(self, folder, *, size=64, seconds=60.0):
-        """Names the folder of the build, which need not exist.
+        """Names the folder of the books, which need not exist.
 
         Args:
-          folder: epath.Path, local or gs://, which all processes share.
+          folder: epath.Path of the books, local or gs://, which all processes share.
           size: lines of a piece.
           seconds: the longest that a line waits for others.
         """
-        self._folder, self._size, self._seconds = folder / BOOKKEEPING / _PIECES, size, seconds
+        self._folder, self._size, self._seconds = folder / _PIECES, size, seconds
         self._lines, self._since, self._read = [], time.monotonic(), set()
 
     def new(self) -> Iterator[Line]:
@@ -88,25 +94,30 @@ class Pieces:
 
 
 def read_manifest(folder, settings) -> dict:
-    """Returns the manifest of a folder, an empty dict if there is none.
+    """Returns the manifest of some books, an empty dict if they are not begun.
 
     Args:
-      folder: epath.Path of the build.
+      folder: epath.Path of the books.
       settings: a dict for JSON of all that decides the answers, as far as it is known.
 
     Raises:
-      ValueError: the folder was begun with other settings.
+      ValueError: the books were begun with other settings, or are damaged.
     """
-    file = folder / BOOKKEEPING / _MANIFEST
+    file = folder / _MANIFEST
     if not file.exists():
+        if (folder / _PIECES).is_dir() and any((folder / _PIECES).iterdir()):
+            raise ValueError(f"{folder} has pieces, and no {_MANIFEST} that says of what; name another output")
         return {}
-    manifest = json.loads(file.read_text())
-    before = manifest["settings"]
+    try:
+        manifest = json.loads(file.read_text())
+        before = manifest["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); name another output") from None
     for name, now in json.loads(json.dumps(settings)).items():
         if name != _NAMED and before.get(name) != now:
             part, was, now = _difference(name, before.get(name), now)
             raise ValueError(
-                f"{folder} was begun with {part} {was}, and not {now}: go on with the same, or name another folder"
+                f"{folder} was begun with {part} {was}, and not {now}: go on with the same, or name another output"
             )
     return manifest
 
@@ -115,13 +126,12 @@ def write_manifest(folder, settings, written=None):
     """Writes the manifest.
 
     Args:
-      folder: epath.Path of the build.
+      folder: epath.Path of the books.
       settings: as for `read_manifest`, complete.
-      written: what is said of the finished build; None while it is under way.
+      written: what is said of the finished whole; None while it is under way.
     """
-    file = folder / BOOKKEEPING / _MANIFEST
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(file, json.dumps({"settings": settings, "written": written}, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_durably(folder / _MANIFEST, json.dumps({"settings": settings, "written": written}, indent=1))
 
 
 def write_durably(file, text):

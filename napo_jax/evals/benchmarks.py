@@ -1,0 +1,54 @@
+"""A benchmark by its name, and what of it is asked: what every command about one is told."""
+
+import dataclasses
+import importlib
+import inspect
+from typing import Literal
+
+from napo_jax.evals.answers import Question
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is asked."""
+
+    # Whose questions.
+    benchmark: Literal["vlind", "chair", "amber", "pope", "mmhal", "world"]
+    # The folder of the benchmark's own files.
+    data: str
+    # The wording, where sources differ: see docs/evaluation.md.
+    prompts: str | None = None
+    # The part of AMBER.
+    part: str | None = None
+    # The splits of POPE.
+    splits: tuple[str, ...] | None = None
+
+    @property
+    def module(self):
+        """The benchmark's module, with `NAME`, `questions` and `score`."""
+        package = "napo_jax.world.exam" if self.benchmark == "world" else f"napo_jax.evals.{self.benchmark}"
+        return importlib.import_module(package)
+
+    def questions(self) -> list[Question]:
+        """Returns all that is asked, in its order."""
+        return self.apply(self.module.questions)
+
+    def apply(self, function, *args, **options):
+        """Calls a function of the module on the data.
+
+        Args:
+          function: `questions` or `score`.
+          *args: what it takes behind the data.
+          **options: what it may take besides, like the fields here; None for its own default.
+
+        Returns:
+          What it returns.
+
+        Raises:
+          ValueError: an option is given that the benchmark does not have.
+        """
+        options |= {name: getattr(self, name) for name in ("prompts", "part", "splits")}
+        given = {name: value for name, value in options.items() if value is not None}
+        if unknown := sorted(given.keys() - inspect.signature(function).parameters.keys()):
+            raise ValueError(f"{self.benchmark} has no {unknown[0]}: leave it out")
+        return function(self.data, *args, **given)
