@@ -82,16 +82,29 @@ def write(file, rows):
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
+def prompts():
+    """What the run of `whole` asks: {number of the question: its prompt}."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, prompts):
     """What an uninterrupted run on one device writes."""
+    generate = Generator.__call__
+
+    def keep(prompt):
+        prompts[prompt.key] = prompt
+        return prompt
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
+        patch.setattr(Generator, "__call__", lambda self, asked: generate(self, map(keep, asked)))
         use_devices(patch, 1)
         ask(folder, folder / "whole.jsonl")
     return folder / "whole.jsonl"
 
 
-def test_answers_are_what_the_model_says_to_each_question_alone(folder, whole):
+def test_answers_are_what_the_model_says_to_each_question_alone(folder, prompts, whole):
     model, params = load_pretrained(folder / "model", dtype=jnp.float32, remat="none")
     tokenizer = load_tokenizer(folder / "model")
     prompter = Prompter(tokenizer, "llava_v1", model.config.vision.image_tokens)
@@ -99,12 +112,13 @@ def test_answers_are_what_the_model_says_to_each_question_alone(folder, whole):
     generator = Generator(model, params, decoding, eos=tokenizer.eos_token_id, slots=1, prompt_tokens=400)
     questions, rows = read(folder / "world" / "world.jsonl"), read(whole)
     assert [row["key"] for row in rows] == [question["key"] for question in questions]
-    for question, row in zip(questions, rows, strict=True):
+    for number, (question, row) in enumerate(zip(questions, rows, strict=True)):
         picture = None
         if question["image"] is not None:
             data = (folder / "world" / question["image"]).read_bytes()
             picture = np.asarray(normalise(fit(decode(data), model.config.vision.image_size, "pad")))
         ids = np.array(prompter.prefix(question["text"], image=picture is not None), np.int32)
+        np.testing.assert_array_equal(prompts[number].ids, ids)  # whatever stands there, this model may say the same
         (answer,) = generator([Prompt(0, ids, picture)])
         assert row["text"] == tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
     said = {row["key"]: row["text"] for row in rows}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from napo_jax.data.prompts import Prompter
 from napo_jax.evals import chair, pope, vlind
-from napo_jax.world import exams, records
+from napo_jax.world import exam, exams, records
 from napo_jax.world.language import SENTENCES, vocabulary, world_tokenizer
 from napo_jax.world.questions import KINDS, NUMBERS, ask, describe
 from napo_jax.world.records import Bias, write_lessons, write_pairs
@@ -258,3 +258,16 @@ def test_the_worlds_own_questions(folder):
         assert (folder / "world" / row["image"]).exists()
         assert (row["true"] != row["habit"]) == (row["group"] == "changed")
     assert {row["kind"] for row in rows if row["group"] == "changed"} == {"colour"}
+
+
+def test_the_worlds_score_by_hand(folder):
+    asked = exam.questions(folder / "world")
+    rows = lambda say: [{"key": question.key, "text": say(question.row)} for question in asked]
+    scored = exam.score(folder / "world", rows(lambda row: row["true"]))
+    assert [scored[name] for name in ("usual", "changed", "gap", "habit", "flood")] == [100, 100, 0, 0, 0]
+    scored = exam.score(folder / "world", rows(lambda row: f"{row['habit']} There is a small red star."))
+    assert [scored[name] for name in ("usual", "changed", "gap", "habit", "flood")] == [100, 0, 100, 100, 100]
+    scored = exam.score(folder / "world", rows(lambda row: ""))
+    assert [scored[name] for name in ("usual", "changed", "flood")] == [0, 0, 0]
+    with pytest.raises(ValueError, match="have no answer"):
+        exam.score(folder / "world", rows(lambda row: "")[1:])

@@ -23,7 +23,7 @@ def questions(data, *, prompts="plain") -> list[Question]:
     file = Path(data) / "world.jsonl"
     if not file.exists():
         raise ValueError(f"{file} is missing; python -m napo_jax.demo writes it")
-    return [Question(row["key"], row["text"], row["image"], row) for row in read_rows(file)]
+    return [Question(row["key"], row["text"], row["image"], row | {"prompt": row["text"]}) for row in read_rows(file)]
 
 
 def score(data, rows, *, prompts="plain", variant="first_sentence") -> dict:
