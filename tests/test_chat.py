@@ -17,7 +17,7 @@ from quick import quick_jit
 from torch_llava import tiny_config, torch_llava
 from toy_tokenizer import toy_tokenizer, write_toy_tokenizer
 
-from napo_jax import chat
+from napo_jax import chat, speaker
 from napo_jax.bias.masks import GENERIC
 from napo_jax.config import exit_with_one_line
 from napo_jax.data.byte_tokenizer import byte_tokenizer
@@ -241,7 +241,7 @@ SPELT = "one\\x1b[2J\ttwo\\r\nthree\n"
 
 
 def test_ctrl_c_at_a_terminal_stops_the_answer_and_not_the_chat(capsys, monkeypatch):
-    monkeypatch.setattr(chat, "Generator", Babble)
+    monkeypatch.setattr(speaker, "Generator", Babble)
     status, out, err = run(capsys, monkeypatch, None, stdin=Terminal("a\nb\n"))
     assert (status, out) == (0, 2 * SPELT)
     assert "what it says means nothing: name a model with --checkpoint\neach question stands alone" in err
@@ -254,7 +254,7 @@ def test_a_terminal_asks_for_questions_and_ctrl_c_in_their_place_ends_the_chat(c
                 return line
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "Generator", Babble)
+    monkeypatch.setattr(speaker, "Generator", Babble)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     status, out, _ = run(capsys, monkeypatch, None, stdin=Interrupted("a\nb\n"))
     assert (status, out) == (130, f"> {SPELT}> {SPELT}> ")
@@ -262,7 +262,7 @@ def test_a_terminal_asks_for_questions_and_ctrl_c_in_their_place_ends_the_chat(c
 
 @pytest.mark.parametrize("question", [(), ("--question", "a")], ids=["pipe", "one question"])
 def test_ctrl_c_ends_the_command_where_nobody_asks_on(capsys, monkeypatch, question):
-    monkeypatch.setattr(chat, "Generator", Babble)
+    monkeypatch.setattr(speaker, "Generator", Babble)
     status, out, err = run(capsys, monkeypatch, None, *question, stdin=Keyboard("a\nb\n"))
     assert (status, out) == (130, SPELT[:-1])
     assert "Traceback" not in err
@@ -285,7 +285,7 @@ def test_ctrl_c_ends_the_command_where_nobody_asks_on(capsys, monkeypatch, quest
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, monkeypatch, argv, message):
-    monkeypatch.setattr(chat, "Generator", Babble)
+    monkeypatch.setattr(speaker, "Generator", Babble)
     status, out, err = run(capsys, monkeypatch, None, *argv)
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
