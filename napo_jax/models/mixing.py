@@ -83,16 +83,18 @@ class NextToken:
         over_prompt = product("sgnrk,sgpk->sgnrp", grouped, prompt_keys)
         there = jnp.arange(prompt_keys.shape[2])[None] < self.prompt_lengths[:, None]
         over_prompt = jnp.where(there[:, None, None, None], over_prompt, -jnp.inf)
-        over_beams = product("sgnrk,sgmtk->sgnrmt", grouped, beam_keys)
+        flat = lambda x: x.reshape(*x.shape[:2], rows * times, width)  # as one axis: products over two are slow
+        over_beams = product("sgnrk,sgpk->sgnrp", grouped, flat(beam_keys))
         own = self.row_of[:, :, None] == jnp.arange(rows)[None, None, :, None]
         own &= (jnp.arange(times)[None] < self.said[:, None])[:, None, None]
-        over_beams = jnp.where(own[:, None, :, None], over_beams, -jnp.inf)
+        own = own.reshape(slots, 1, beams, 1, rows * times)
+        over_beams = jnp.where(own, over_beams, -jnp.inf)
         over_itself = product("sgnrk,sngk->sgnr", grouped, k)[..., None]
-        scores = [over_prompt, over_beams.reshape(*over_beams.shape[:4], -1), over_itself]
+        scores = [over_prompt, over_beams, over_itself]
         weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v.dtype)
         cuts = [prompt_keys.shape[2], prompt_keys.shape[2] + rows * times]
         of_prompt, of_beams, of_itself = jnp.split(weights, cuts, axis=-1)
         out = product("sgnrp,sgpk->sgnrk", of_prompt, prompt_values)
-        out += product("sgnrmt,sgmtk->sgnrk", of_beams.reshape(over_beams.shape), beam_values)
+        out += product("sgnrp,sgpk->sgnrk", of_beams, flat(beam_values))
         out += of_itself.astype(jnp.float32) * v.swapaxes(1, 2)[:, :, :, None].astype(jnp.float32)
         return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype), (k, v)
