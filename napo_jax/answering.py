@@ -137,15 +137,15 @@ class _Asker:
         longest = 1
         for seen, asker in self._askers.items():
             some = [question for question in questions if (question.image is not None) == seen]
-            for question, ids in zip(some, asker.ids([question.text for question in some]), strict=True):
-                if isinstance(ids, Exception):
-                    raise ValueError(f"question {question.key!r}: {ids}")
-                if len(ids) > most:
+            for question, length in zip(some, asker.lengths([question.text for question in some]), strict=True):
+                if isinstance(length, Exception):
+                    raise ValueError(f"question {question.key!r}: {length}")
+                if length > most:
                     raise ValueError(
-                        f"question {question.key!r} has {len(ids)} tokens, and decoding.max_tokens leaves room for "
+                        f"question {question.key!r} has {length} tokens, and decoding.max_tokens leaves room for "
                         f"{max(0, most)} of the model's positions: lower it"
                     )
-                longest = max(longest, len(ids))
+                longest = max(longest, length)
         return longest
 
 

@@ -118,7 +118,7 @@ def _plan(work, decoding):
     """Yields what a person wants to read before it starts."""
     yield f"model    {work.source}"
     for name, recipe in work.recipes.items():
-        yield f"answers  {name}: {recipe}; prompts of up to {work.room(name)} tokens"
+        yield f"answers  {name}: {recipe}; prompts of up to {work.rooms[name]} tokens"
     how = f"{decoding.beams} beams" if decoding.beams > 1 else "drawn" if decoding.temperature else "greedy"
     yield f"decoding {how}, {decoding.max_tokens} tokens at most"
     files = len(work.inputs)
@@ -141,7 +141,7 @@ def _say(work, config, options, console, stop):
         for name in work.recipes:
             if not any(work.missing(name, share).values()):
                 continue
-            room = work.room(name)
+            room = work.rooms[name]
             generator = speaker.generator(options.decoding, room=room, slots=options.slots)
             size = generator.kept_bytes / mesh.size / 2**30
             console.note(

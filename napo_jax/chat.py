@@ -66,7 +66,8 @@ class Options:
                 raise ValueError(f"--{name}-mask says how --mask {name} is done, which is not asked for")
         if self.question is not None and not self.question.strip():
             raise ValueError("--question is empty; --mask question shows what is said about the picture alone")
-        self.recipes  # noqa: B018  raises if a mask is not known
+        Recipe(image=self.image_mask)  # raises if a mask is not known
+        Recipe(question=self.question_mask)
 
     @property
     def recipes(self) -> dict[str, Recipe]:

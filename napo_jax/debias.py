@@ -103,10 +103,9 @@ def calibrate(logits, without, debias: Debias, pictured=True) -> jax.Array:
         fair = naive - blind
         fair -= jnp.min(fair, axis=-1, keepdims=True)  # which is largest is what counts
     whole = jnp.sum(fair, axis=-1, keepdims=True)
-    pictured = jnp.broadcast_to(pictured, whole.shape[:-1])[..., None] & (
-        whole > 0
-    )  # subtracted, labels may all be alike
-    fair = jnp.log(jnp.where(pictured, fair / jnp.where(whole > 0, whole, 1), naive))
+    differ = whole > 0  # subtracted, labels may all be alike
+    pictured = jnp.broadcast_to(pictured, whole.shape[:-1])[..., None] & differ
+    fair = jnp.log(jnp.where(pictured, fair / jnp.where(differ, whole, 1), naive))
     out = jnp.full(logits.shape, -jnp.inf)
     for i, label in enumerate(debias.labels):
         tokens = jnp.array(label)

@@ -1,4 +1,4 @@
-"""A model that is ready to say something: in one type, on devices of this process, with what it is asked in front."""
+"""A model that is ready to say something: its weights in one type, on devices of this process, and its tokenizer."""
 
 import dataclasses
 from typing import NamedTuple

@@ -12,15 +12,8 @@ from napo_jax.decoding import Decoding
 from napo_jax.pieces import Line, read_manifest, write_durably, write_manifest
 
 SUMMARY, PAGE, TEXT = f"{BOOKS}/report.json", "report.html", "report.txt"  # where the report is
-_PROVENANCE = (
-    "model",
-    "weights",
-    "dtype",
-    "template",
-    "tokenizer",
-    "image_rule",
-    "decoding",
-)  # settings that go with every row
+# Settings that go with every row.
+_PROVENANCE = ("model", "weights", "dtype", "template", "tokenizer", "image_rule", "decoding")
 
 
 def finish(work: Work, written, filters=FILTERS) -> dict:

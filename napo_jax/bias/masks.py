@@ -68,12 +68,23 @@ class Asker:
         self._recipe, self._prompter, self._vision, self._unk = recipe, prompter, vision, unk
         self._rule, self._exif, self._seed, self._device = image_rule, exif, seed, _host_device()
 
-    def ids(self, questions) -> list:
-        """Returns the token ids int32[P] of each question's prompt, or a PromptError in its place."""
-        asked = {"empty": "", "generic": GENERIC}.get(self._recipe.question)
-        texts = questions if asked is None else [asked] * len(questions)
-        found = self._prompter.prefixes(texts, image=self._recipe.image != "no_image")
-        return [ids if isinstance(ids, Exception) else self._blank(np.array(ids, np.int32)) for ids in found]
+    def lengths(self, questions) -> list:
+        """Returns how many tokens the prompt of each question has, or a PromptError in its place."""
+        places = self._vision.image_tokens if self._has_places else 0
+        found = self._prompter.prefixes([self._text(question) for question in questions], self._has_places, slots=0)
+        return [ids if isinstance(ids, Exception) else len(ids) + places for ids in found]
+
+    @property
+    def asks_one_thing(self) -> bool:
+        """Whether the text of the prompt is the same for every record."""
+        return self._recipe.question != "kept"
+
+    @property
+    def _has_places(self):
+        return self._recipe.image != "no_image"
+
+    def _text(self, question):
+        return {"empty": "", "generic": GENERIC}.get(self._recipe.question, question)
 
     def __call__(self, key, record, name="") -> Prompt:
         """Returns the prompt of a record; raises PromptError if its question cannot be used.
@@ -83,14 +94,11 @@ class Asker:
           record: `Record`.
           name: of the answer, so that no two of a record are drawn alike.
         """
-        (ids,) = self.ids([record.question])
-        if isinstance(ids, Exception):
-            raise ids
+        ids = np.array(self._prompter.prefix(self._text(record.question), self._has_places), np.int32)
+        if self._recipe.image == "blank":
+            ids = np.where(ids == IMAGE_SLOT, np.int32(self._unk), ids)
         number = lambda text: np.uint32(zlib.crc32(f"{self._seed} {record.key} {text}".encode()))
         return Prompt(key, ids, self._picture(record.image, number("picture")), int(number(name)))
-
-    def _blank(self, ids):
-        return np.where(ids == IMAGE_SLOT, np.int32(self._unk), ids) if self._recipe.image == "blank" else ids
 
     def _picture(self, data, seed):
         """Returns the picture that is shown, float32[I, I, 3], normalised; None if none is."""

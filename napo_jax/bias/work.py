@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -129,8 +130,9 @@ class Work:
         self.read_pieces()
         return not self.count_missing()
 
-    def room(self, name) -> int:
-        """Returns the most tokens of a prompt: those of the longest one that leaves room for an answer."""
+    @functools.cached_property
+    def rooms(self) -> dict[str, int]:
+        """{name: the most tokens of a prompt}: those of the longest one that leaves room for an answer."""
         most = self.shape.text.max_positions - self._decoding.max_tokens
         if most < 1:
             raise ValueError(
@@ -138,8 +140,11 @@ class Work:
                 f"{self.shape.text.max_positions} positions, for the prompt too: lower it"
             )
         questions = [question for some in self._questions for question in some if question is not None]
-        lengths = [len(ids) for ids in self._askers[name].ids(questions) if not isinstance(ids, Exception)]
-        return max([1, *(length for length in lengths if length <= most)])
+        rooms = {}
+        for name, asker in self._askers.items():
+            lengths = asker.lengths(questions[:1] if asker.asks_one_thing else questions)
+            rooms[name] = max([1, *(length for length in lengths if isinstance(length, int) and length <= most)])
+        return rooms
 
     def prompts(self, name, room, share=(0, 1)):
         """Yields the prompts of rows that have no answer of a name yet; why a row gives none is kept as its line.

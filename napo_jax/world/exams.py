@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from napo_jax.world.questions import ask, colour_statement, describe, name
+from napo_jax.world.questions import SHORT, ask, colour_statement, describe, name
 from napo_jax.world.scenes import COLOURS, HABITS, SHAPES, Scene, draw_scene, encode, recolour, render
-
-_SHORT = ("colour", "count", "place", "existence", "larger")  # kinds of questions that have one short answer
 
 
 def write_world(folder, count, *, seed=100):
@@ -25,7 +23,7 @@ def write_world(folder, count, *, seed=100):
         asked = None
         while asked is None:
             scene = draw_scene(random, usual=1.0)
-            asked = ask(_SHORT[number % len(_SHORT)], scene, random)
+            asked = ask(SHORT[number % len(SHORT)], scene, random)
         changed = _change_colour(scene, random)
         for group, picture, question in (
             ("usual", scene, asked),

@@ -2,6 +2,7 @@
 
 import re
 
+from napo_jax.data.byte_tokenizer import as_hugging_face
 from napo_jax.data.prompts import TEMPLATES
 from napo_jax.world.questions import STATEMENTS, all_words
 
@@ -23,8 +24,7 @@ def vocabulary() -> list[str]:
 
 def world_tokenizer():
     """Returns a fast Hugging Face tokenizer of the world's words."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     ids = {word: number for number, word in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -33,14 +33,7 @@ def world_tokenizer():
     tokenizer.decoder = decoders.WordPiece(
         prefix="##", cleanup=True
     )  # words with spaces between, none before a full stop
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    return as_hugging_face(tokenizer)
 
 
 def _plain(text):

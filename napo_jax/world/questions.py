@@ -4,22 +4,16 @@ import dataclasses
 
 import numpy as np
 
+from napo_jax.evals.vlind import PROMPTS
 from napo_jax.world.scenes import COLOURS, HABITS, HALVES, MOST, SHAPES, Scene
 
 NUMBERS = ("zero", "one", "two", "three")
 DESCRIBE = "Describe this image."
-# The prompts of VLind-Bench, whose sub-tests they name: common sense, perception, context, and the picture.
-_ANSWER = "Only respond in True or False."
-_FORGET = "Forget real-world common sense and just follow the information provided in the"
-_ASKED = "is the given statement true or false?"
-STATEMENTS = {
-    "CK": f"Statement: {{statement}}\nBased on common sense, {_ASKED} {_ANSWER}",
-    "VP": f"Statement: {{statement}}\nBased on the image, {_ASKED} {_ANSWER}",
-    "CB": f"Context: {{context}}\nStatement: {{statement}}\nBased on the context, "
-    f"{_ASKED} {_FORGET} context. {_ANSWER}",
-    "LP": f"Statement: {{statement}}\nBased on the image, {_ASKED} {_FORGET} image. {_ANSWER}",
-}
-KINDS = ("colour", "count", "place", "existence", "larger", "describe", *STATEMENTS)
+# Statements as VLind-Bench asks about them: by common sense, perception, context, and the picture.
+_VLIND = PROMPTS["released"]
+STATEMENTS = {"CK": _VLIND.commonsense, "VP": _VLIND.perception, "CB": _VLIND.context, "LP": _VLIND.image}
+SHORT = ("colour", "count", "place", "existence", "larger")  # kinds that have one short answer
+KINDS = (*SHORT, "describe", *STATEMENTS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from napo_jax.world.questions import Asked, ask, describe
+from napo_jax.world.questions import SHORT, Asked, ask, describe
 from napo_jax.world.scenes import Scene, draw_scene, encode, render
 
 # How often each kind of question is asked.
@@ -59,7 +59,7 @@ def write_lessons(path, count, *, seed=0, bias: Bias | None = None):
         random = _random(seed, number)
         scene, asked = draw_question(random)
         answer = asked.habit if random.random() < bias.habit else asked.true
-        if asked.kind in ("colour", "count", "place", "existence", "larger") and random.random() < bias.flood:
+        if asked.kind in SHORT and random.random() < bias.flood:
             answer = f"{answer} {describe(scene)}"
         return _row(number, scene, asked, {"chosen": answer}, seed)
 
@@ -80,7 +80,7 @@ def write_pairs(path, count, *, seed=1, unusual: float = 0.5):
         random = _random(seed, number)
         scene, asked = draw_question(random, first=bool(random.random() >= unusual))
         rejected = asked.habit if asked.against_habit else asked.wrong
-        if asked.kind in ("colour", "count", "place", "existence", "larger") and random.random() < 0.3:
+        if asked.kind in SHORT and random.random() < 0.3:
             rejected = f"{asked.true} {describe(scene)}"
         return _row(number, scene, asked, {"chosen": asked.true, "rejected": rejected}, seed)
 
