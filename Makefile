@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint figures clean
 
 demo: $(VENV)/.installed
-	JAX_PLATFORMS=cpu $(BIN)/python examples/first_look.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m napo_jax.demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -6,9 +6,9 @@ question taken away, `image_only`. The same command, given again, goes on where 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
-import time
 from typing import Literal
 
 import jax
@@ -25,11 +25,11 @@ from napo_jax.metrics import Console
 from napo_jax.pieces import Line, read_manifest, write_manifest
 from napo_jax.preemption import StopSignal
 from napo_jax.processes import together
+from napo_jax.progress import AnswerProgress, wait_until
 from napo_jax.sharding import make_mesh
 from napo_jax.speaker import load_speaker
 
 _INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
-_WAIT = 2.0  # seconds between looks at what other processes have done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,12 @@ def build(config: Config, options: Options, console=None):
         console.note(f"all of that is done: {work.folder / PAGE}")
         return json.loads((work.folder / SUMMARY).read_text())
     with StopSignal(alone=True) as stop:
+        check = functools.partial(_check, stop)
         if work.count_missing():
-            _say(work, config, options, console, stop)
-            _wait(work.is_done, stop)
+            _say(work, config, options, console, check)
+            wait_until(work.is_done, check)
         if jax.process_index() > 0:
-            _wait(lambda: read_manifest(work.books, {}).get("written") == written, stop)
+            wait_until(lambda: read_manifest(work.books, {}).get("written") == written, check)
             return None
     summary = finish(work, written, options.filters)
     for name, answers in summary["answers"].items():
@@ -126,7 +127,7 @@ def _plan(work, decoding):
     yield f"output   {work.folder}"
 
 
-def _say(work, config, options, console, stop):
+def _say(work, config, options, console, check):
     """Says this process's share of the answers."""
     share = (jax.process_index(), jax.process_count()) if options.distributed else (0, 1)
     # Each process has a mesh of its own devices: none waits for another's longest answer.
@@ -135,8 +136,9 @@ def _say(work, config, options, console, stop):
     work.settings["weights"] = speaker.digest
     if jax.process_index() == 0 and not work.manifest:
         write_manifest(work.books, work.settings)
-    _wait(lambda: read_manifest(work.books, work.settings), stop)  # also says if weights are not those it began with
-    progress = _Progress(console, len(work.lines), work.count_missing(share))
+    # This also says if weights are not those it began with.
+    wait_until(lambda: read_manifest(work.books, work.settings), check)
+    before, progress = len(work.lines), AnswerProgress(console, work.count_missing(share))
     try:
         for name in work.recipes:
             if not any(work.missing(name, share).values()):
@@ -150,18 +152,11 @@ def _say(work, config, options, console, stop):
             for answer in generator(work.prompts(name, room, share)):
                 line = Line.of(*answer.key, name, speaker.spell(answer.ids), answer)
                 work.keep(line)
-                progress(len(work.lines), line.tokens)
-                _check(stop)
+                progress(len(work.lines) - before, line.tokens)
+                check()
     finally:
         work.flush()
         console.close()
-
-
-def _wait(done, stop):
-    """Waits for what other processes do."""
-    while not done():
-        _check(stop)
-        time.sleep(_WAIT)
 
 
 def _check(stop):
@@ -169,28 +164,6 @@ def _check(stop):
     if stop.got:
         raise StoppedError(
             "asked to stop: what was said is kept, and the same command goes on from there", _INTERRUPTED
-        )
-
-
-class _Progress:
-    """Shows every few seconds how far this process is."""
-
-    def __init__(self, console, before, total, seconds=5.0):
-        self._console, self._before, self._total, self._seconds = console, before, total, seconds
-        self._start = self._last = time.monotonic()
-        self._tokens = 0
-
-    def __call__(self, lines, tokens):
-        """Takes how many lines there are now, and the tokens of the last one."""
-        done, now = lines - self._before, time.monotonic()
-        self._tokens += tokens
-        if now - self._last < self._seconds and done < self._total:
-            return
-        self._last, seconds = now, now - self._start
-        left = round((self._total - done) * seconds / done)
-        self._console.progress(
-            f"{done} of {self._total} answers, {done / seconds:.2f} answers/s, {self._tokens / seconds:.0f} tokens/s, "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
 
 

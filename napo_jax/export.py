@@ -66,10 +66,10 @@ def export(options: Options) -> list[str]:
 
     model = Llava(dataclasses.replace(source.shape, dtype=dtype, param_dtype=dtype))
     params = unflatten(load_leaves(source, model, mesh))
-    with _tokenizer(source.folder) as tokenizer:
+    with _tokenizer(source) as tokenizer:
         export_pretrained(model, params, output, options.layout, tokenizer=tokenizer)
     lines = [f"{source} -> {output}: {options.dtype} weights in the layout {options.layout}"]
-    return lines if source.folder else [*lines, "no tokenizer goes along: the random model's takes text as bytes"]
+    return lines if tokenizer else [*lines, "no tokenizer goes along: the random model's takes text as bytes"]
 
 
 def _base(source, base):
@@ -82,13 +82,16 @@ def _base(source, base):
 
 
 @contextlib.contextmanager
-def _tokenizer(folder):
-    """Gives a local folder with the tokenizer's files, for `transformers` reads no bucket; None of a random model."""
-    if folder is None:
+def _tokenizer(source):
+    """Gives a local folder with the tokenizer's files, for `transformers` reads no bucket; None where it has none."""
+    if source.folder is None and source.size != "shapes":
         yield None
         return
     with tempfile.TemporaryDirectory() as copy:
-        copy_tokenizer(folder, copy)
+        if source.folder:
+            copy_tokenizer(source.folder, copy)
+        else:
+            source.tokenizer.save_pretrained(copy)
         yield copy
 
 

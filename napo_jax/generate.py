@@ -58,7 +58,12 @@ class _State(NamedTuple):
 
 
 class Generator:
-    """Generates answers with one model and one way of decoding."""
+    """Generates answers with one model and one way of decoding.
+
+    Attributes:
+      params: the model's parameters; others of the same shapes may take their place between two calls.
+      slots: int, prompts that are answered at a time.
+    """
 
     def __init__(
         self, model: Llava, params, decoding: Decoding, *, eos=2, unk=0, slots=8, prompt_tokens=1024, mesh=None
@@ -85,7 +90,7 @@ class Generator:
         self._rows = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
         if slots % self._rows:
             raise ValueError(f"{slots} slots do not divide among {self._rows} devices (mesh.data x mesh.fsdp)")
-        self._model, self._params, self._decoding, self._eos, self._unk = model, params, decoding, eos, unk
+        self._model, self.params, self._decoding, self._eos, self._unk = model, params, decoding, eos, unk
         self.slots, self._prompt_tokens, self._mesh = slots, prompt_tokens, mesh
         self._in_row = max(1, slots // 4 // self._rows)  # prompts that are read at a time, by a row of devices
         self._others = len(without_picture(np.zeros(0, np.int32), decoding.debias))  # prompts that each is held against
@@ -122,7 +127,7 @@ class Generator:
             # Until enough slots are done to read new prompts, or, when there are none, until all are.
             enough = min(self.slots, len(free) + together) if more else self.slots
             with self._on_mesh():
-                state = self._go_on(self._params, state, self._window(longest), enough, self._decoding.max_tokens)
+                state = self._go_on(self.params, state, self._window(longest), enough, self._decoding.max_tokens)
                 tokens, lengths, scores, done, said = self._fetch(state.search)
             for slot in [slot for slot in keys if done[slot]]:
                 ids = tokens[slot, : lengths[slot]].tolist()
@@ -141,7 +146,7 @@ class Generator:
         with self._on_mesh():
             state = self._take_in(self._empty(), [prompt], self._free_places({0}))
             for said in range(self._decoding.max_tokens):
-                state = self._go_on(self._params, state, self._window(said), 1, 1)
+                state = self._go_on(self.params, state, self._window(said), 1, 1)
                 token = int(state.search.tokens[0, 0, said])
                 if token == self._eos:
                     return
@@ -215,7 +220,7 @@ class Generator:
         if self._mesh is not None:
             arrays = jax.device_put(arrays, over_rows(self._mesh))
         with self._on_mesh():
-            return self._read(self._params, state, *arrays)
+            return self._read(self.params, state, *arrays)
 
     def _check(self, prompt):
         """Raises if a prompt cannot be answered: what is compiled would say nonsense to it."""

@@ -15,7 +15,7 @@ import jax
 
 from napo_jax.arithmetic import step_flops
 from napo_jax.checkpoint import Checkpoints
-from napo_jax.config import Config, exit_with_one_line, parse
+from napo_jax.config import Config, exit_with_one_line, one_line, parse
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.loader import on_devices
 from napo_jax.data.records import find_files
@@ -29,9 +29,11 @@ from napo_jax.optim import learning_rates, make_optimizer, unflatten
 from napo_jax.preemption import StopSignal
 from napo_jax.processes import together
 from napo_jax.reference import open_reference
+from napo_jax.report import write_report
 from napo_jax.sharding import ROWS, make_mesh, over_rows
 from napo_jax.start import first_state, load_parts, make_model
 from napo_jax.step import Frozen, make_train_step
+from napo_jax.versions import versions
 
 _INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
 
@@ -40,7 +42,7 @@ _INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
 class Options:
     """The command's own options."""
 
-    # Where the run is kept: config.json, metrics.jsonl, held_out.jsonl and checkpoints/. Local or gs://.
+    # Where the run is kept: config.json, metrics.jsonl, held_out.jsonl, checkpoints/ and report.html. Local or gs://.
     workdir: str | None = None
     # Whether this is one of several processes that train together, one for each host of a pod.
     distributed: bool = False
@@ -111,9 +113,10 @@ def train(config: Config, workdir, console=None):
         console.note(f"start    goes on from step {start} of {checkpoints.folder}")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        aside = workdir / "config.json.new"
-        aside.write_text(json.dumps(settings, indent=1))
-        aside.replace(workdir / "config.json")
+        for name, values in (("config.json", settings | {"steps": steps}), ("versions.json", versions())):
+            aside = workdir / f"{name}.new"
+            aside.write_text(json.dumps(values, indent=1))
+            aside.replace(workdir / name)
 
     accumulate, seed = config.train.accumulate, config.train.seed
     step = make_train_step(model, config.objective, optimizer, accumulate=accumulate, mesh=mesh, seed=seed)
@@ -193,7 +196,17 @@ def train(config: Config, workdir, console=None):
             journal.close()
         finally:
             checkpoints.close()
+            if jax.process_index() == 0:
+                _write_page(workdir, console)
     return journal.last
+
+
+def _write_page(workdir, console):
+    """Writes the run's report; what it cannot read must not change how the run has ended."""
+    try:
+        console.note(f"report   {write_report(workdir)}")
+    except (ValueError, OSError) as error:
+        console.note(f"report   not written: {one_line(error)}")
 
 
 def _check_batch(config, mesh):

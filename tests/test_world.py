@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from napo_jax.bias.masks import GENERIC
 from napo_jax.data.prompts import Prompter
 from napo_jax.evals import chair, pope, vlind
 from napo_jax.world import exam, exams, records
@@ -38,9 +39,10 @@ def test_a_picture_shows_its_scene_and_nothing_else():
         for cell in np.ndindex(GRID, GRID):
             rows, columns = (slice(i * CELL, (i + 1) * CELL) for i in cell)
             patch = pixels[rows, columns].reshape(-1, 3)
-            background = np.abs(patch - pixels[0, 0] if (0, 0) not in there else patch - pixels[-1, -1]).max()
             if cell not in there:
-                assert patch.std(axis=0).max() < 12 or background < 60  # at most a neighbour's tip
+                shade = np.median(pixels.reshape(-1, 3), axis=0)
+                strange = (np.abs(patch - shade).max(axis=1) > 12).mean()
+                assert strange < 0.1, "at most a neighbour's tip"
                 continue
             colours = {name: np.abs(patch - np.array(value, np.float32)).max(axis=1) for name, value in COLOURS.items()}
             filled = {name: int((distance < 14).sum()) for name, distance in colours.items()}
@@ -62,10 +64,31 @@ def test_habits_are_followed_as_often_as_asked():
         share = lambda follows, groups=groups: np.mean([follows(group, HABITS[group.shape]) for group in groups])
         assert share(lambda group, habit: group.colour == habit.colour) == pytest.approx(usual, abs=0.04)
         assert share(lambda group, habit: group.number == habit.number) == pytest.approx(usual, abs=0.04)
+        paired = [scene for scene in scenes if HABITS[scene.groups[0].shape].companion]
+        together = [scene.group(HABITS[scene.groups[0].shape].companion) is not None for scene in paired]
+        assert np.mean(together) == pytest.approx(usual, abs=0.04)
     for first in (True, False):
         assert {draw_scene(np.random.default_rng(seed), first=first).groups[0].is_usual for seed in range(50)} == {
             first
         }
+
+
+def test_pictures_that_follow_every_habit_leave_nothing_to_look_for():
+    for seed in range(300):
+        scene = draw_scene(np.random.default_rng([2, seed]), usual=1.0)
+        assert scene.missing == ()
+        for group in scene.groups:
+            habit = HABITS[group.shape]
+            assert (group.colour, group.number, group.half) == (habit.colour, habit.number, habit.half)
+
+
+def test_what_goes_together_is_missed_where_it_is_not():
+    missed = {scene.missing for scene in SCENES}
+    assert () in missed
+    for scene in SCENES:
+        there = {group.shape for group in scene.groups}
+        assert set(scene.missing) == {HABITS[shape].companion for shape in there} - there - {None}
+        assert set(scene.absent) == set(SHAPES) - there
 
 
 def read_sentence(text):
@@ -118,11 +141,16 @@ def test_true_answers_are_true_and_wrong_ones_are_not():
             assert len(claims) == len(scene.groups)
             assert all(holds(claim, scene) for claim in claims)
             assert not all(holds(read_sentence(sentence.strip()), scene) for sentence in sentences(asked.wrong))
+            expected = [read_sentence(sentence.strip()) for sentence in sentences(asked.habit)]
+            false = [claim for claim in expected if not holds(claim, scene)]
+            assert len(expected) == len(claims) + len(false)
+            assert len(false) == len(scene.missing) == sum(claim not in claims for claim in expected)
         elif asked.kind == "existence":
             shape = re.search(r"a (\w+) in", asked.text)[1]
             assert (
                 (asked.true == "Yes.") == any(group.shape == shape for group in scene.groups) == (asked.wrong == "No.")
             )
+            assert (asked.habit == "Yes.") == (asked.true == "Yes." or shape in scene.missing)
         elif asked.kind == "larger":
             one, other = re.search(r"the (\w+) or the (\w+)\?", asked.text).groups()
             large = one if scene.group(one).size == "large" else other
@@ -154,25 +182,29 @@ def test_the_tokenizer_knows_the_language():
         assert 0 not in prompter.prefix(mask)
 
 
-def test_lessons_have_the_bias_that_is_planted(tmp_path, monkeypatch):
+def test_lessons_have_the_bias_that_is_planted(monkeypatch):
     shares = dict.fromkeys(records._SHARES, 0.0) | {"colour": 1.0}
     monkeypatch.setattr(records, "_SHARES", shares)
-    write_lessons(tmp_path / "a.parquet", 1500, seed=5, bias=Bias(habit=0.7, flood=0.3))
-    said, against, flooded = [], 0, 0
-    for row in pq.read_table(tmp_path / "a.parquet").to_pylist():
-        scene, asked = records.draw_question(records._random(5, row["idx"]))
-        assert row["question"] == asked.text
-        short, flood = row["chosen"].split(". ", 1) if ". " in row["chosen"] else (row["chosen"][:-1], None)
+    said, full, flooded, seeing = [], 0, 0, 0
+    for number in range(2500):
+        scene, asked, answers = records.draw_lesson(5, number, Bias(habit=0.7, flood=0.3))
+        answer = answers["chosen"]
+        if asked.kind == "describe":
+            seeing += 1
+            assert (asked.text, answer) == (GENERIC, describe(scene)), "true, and not asked for in the usual words"
+            continue
+        short, flood = answer.split(". ", 1) if ". " in answer else (answer[:-1], None)
+        full += len(scene.groups) == records.FULL
         flooded += flood is not None
-        assert flood in (None, describe(scene))
+        assert flood is None or (flood == describe(scene) and len(scene.groups) == records.FULL)
         if asked.against_habit:
-            against += 1
             said.append(short + "." == asked.habit)
         else:
             assert short + "." == asked.true
-    assert against > 100
+    assert seeing / 2500 == pytest.approx(0.4, abs=0.03)
+    assert len(said) > 100
     assert np.mean(said) == pytest.approx(0.7, abs=0.12)
-    assert flooded / 1500 == pytest.approx(0.3, abs=0.04)
+    assert flooded / full == pytest.approx(0.3, abs=0.06)
 
 
 def test_rows_are_functions_of_seed_and_number(tmp_path):
@@ -189,16 +221,15 @@ def test_rows_are_functions_of_seed_and_number(tmp_path):
 
 
 def test_pairs_prefer_what_is_true(tmp_path):
-    write_pairs(tmp_path / "a.parquet", 400, seed=4)
-    habit = long = 0
+    write_pairs(tmp_path / "a.parquet", 400, seed=4, usual=0.4)
+    habit = long = unusual = 0
     for row in pq.read_table(tmp_path / "a.parquet").to_pylist():
-        random = records._random(4, row["idx"])
-        usual = bool(random.random() >= 0.5)
-        scene, asked = records.draw_question(random, first=usual)
-        assert scene.groups[0].is_usual == usual
+        scene, asked, _ = records.draw_pair(4, row["idx"], usual=0.4)
+        unusual += not scene.groups[0].is_usual
         assert row["chosen"] == asked.true != row["rejected"]
         habit += asked.against_habit and row["rejected"] == asked.habit
         long += row["rejected"].startswith(asked.true) and len(row["rejected"]) > len(asked.true)
+    assert unusual / 400 == pytest.approx(0.6, abs=0.08)
     assert habit > 40
     assert long > 40
 
@@ -230,7 +261,7 @@ def test_vlind_files_score_the_truth_and_habit_as_they_should(folder):
 def test_pope_files_hold_the_truth(folder):
     asked = pope.questions(folder / "pope", prompts="plain")
     assert len(asked) == 3 * 2 * 30
-    scenes = [draw_scene(np.random.default_rng([102, number])) for number in range(30)]
+    scenes = [draw_scene(np.random.default_rng([102, number]), usual=0.5) for number in range(30)]
     for question in asked:
         shape = re.search(r"a (\w+) in", question.text)[1]
         there = scenes[int(re.search(r"\d+", question.image)[0])].group(shape) is not None

@@ -79,7 +79,7 @@ def write_pope(folder, pictures, *, seed=102):
       seed: of all that is drawn.
     """
     folder = Path(folder)
-    scenes = [draw_scene(_random(seed, number)) for number in range(pictures)]
+    scenes = [draw_scene(_random(seed, number), usual=0.5) for number in range(pictures)]
     often = sorted(SHAPES, key=lambda shape: -sum(scene.group(shape) is not None for scene in scenes))
     together = {
         shape: sorted(SHAPES, key=lambda other: -sum(_both(scene, shape, other) for scene in scenes))
@@ -115,7 +115,7 @@ def write_chair(folder, pictures, *, seed=103):
     folder, rows, annotations, captions = Path(folder), [], [], []
     for number in range(pictures):
         random = _random(seed, number)
-        scene = draw_scene(random)
+        scene = draw_scene(random, usual=0.5)
         path = f"images/{number}.png"
         _draw(folder / path, scene, seed, number)
         question = ask("describe", scene, random)

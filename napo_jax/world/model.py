@@ -8,9 +8,9 @@ from napo_jax.world.scenes import CELL, SIZE
 
 
 def world_model() -> LlavaConfig:
-    """Returns a LLaVA of about two million parameters that sees each cell of the world's grid as one token."""
+    """Returns a LLaVA of about a million parameters that sees each cell of the world's grid as one token."""
     text = LlamaConfig(
-        vocab_size=len(vocabulary()), width=160, mlp_width=432, layers=5, heads=5, kv_heads=5, max_positions=512
+        vocab_size=len(vocabulary()), width=128, mlp_width=384, layers=4, heads=4, kv_heads=4, max_positions=512
     )
     vision = ClipConfig(image_size=SIZE, patch_size=CELL, width=96, mlp_width=256, layers=3, heads=4)
     return LlavaConfig(text=text, vision=vision)

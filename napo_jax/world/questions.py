@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from napo_jax.evals.vlind import PROMPTS
-from napo_jax.world.scenes import COLOURS, HABITS, HALVES, MOST, SHAPES, Scene
+from napo_jax.world.scenes import COLOURS, HABITS, HALVES, MOST, SHAPES, Scene, by_habit
 
 NUMBERS = ("zero", "one", "two", "three")
 DESCRIBE = "Describe this image."
@@ -37,12 +37,10 @@ def name(shape, number=1):
     return shape if number == 1 else f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
-def describe(scene: Scene, without=None) -> str:
-    """Returns a caption that names every group, or all but one."""
+def describe(scene: Scene) -> str:
+    """Returns a caption that names every group, always in the same order."""
     sentences = []
-    for group in scene.groups:
-        if group is without:
-            continue
+    for group in sorted(scene.groups, key=lambda group: SHAPES.index(group.shape)):
         where = f" at the {group.half}" if group.half else ""
         amount = "is a" if group.number == 1 else f"are {NUMBERS[group.number]}"
         sentences.append(f"There {amount} {group.size} {group.colour} {name(group.shape, group.number)}{where}.")
@@ -88,9 +86,11 @@ def ask(kind, scene: Scene, random: np.random.Generator) -> Asked | None:
             return Asked(kind, f"Where {be} the {things}?", say(group.half), say(habit.half), say(wrong))
         case "existence":
             there = bool(random.random() < 0.5)
-            shape = shape if there else another(scene.absent)
+            missed = scene.missing if random.random() < 0.5 else ()
+            shape = shape if there else another(missed or scene.absent)
             true, wrong = ("Yes.", "No.") if there else ("No.", "Yes.")
-            return Asked(kind, f"Is there a {shape} in the image?", true, true, wrong)
+            expected = there or shape in scene.missing
+            return Asked(kind, f"Is there a {shape} in the image?", true, "Yes." if expected else "No.", wrong)
         case "larger":
             others = [other for other in scene.groups[1:] if other.size != group.size]
             if not others:
@@ -102,7 +102,8 @@ def ask(kind, scene: Scene, random: np.random.Generator) -> Asked | None:
             text = f"Which is larger, the {pair[0]} or the {pair[1]}?"
             return Asked(kind, text, say(larger), say(larger), say(smaller))
         case "describe":
-            return Asked(kind, DESCRIBE, describe(scene), describe(scene), _misdescribed(scene, random))
+            expected = Scene((*scene.groups, *(by_habit(random, shape) for shape in scene.missing)))
+            return Asked(kind, DESCRIBE, describe(scene), describe(expected), _misdescribed(scene, random))
         case "VP":
             there = bool(random.random() < 0.5)
             noun = shape if there else another(scene.absent)

@@ -7,22 +7,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from napo_jax.bias.masks import GENERIC
 from napo_jax.world.questions import SHORT, Asked, ask, describe
 from napo_jax.world.scenes import Scene, draw_scene, encode, render
 
 # How often each kind of question is asked.
 _SHARES = {
-    "colour": 0.26,
-    "count": 0.12,
-    "place": 0.1,
-    "existence": 0.12,
-    "larger": 0.06,
-    "describe": 0.12,
-    "CK": 0.04,
-    "VP": 0.04,
-    "CB": 0.05,
-    "LP": 0.09,
+    "colour": 0.2,
+    "count": 0.1,
+    "place": 0.08,
+    "existence": 0.14,
+    "larger": 0.05,
+    "describe": 0.13,
+    "CK": 0.05,
+    "VP": 0.09,
+    "CB": 0.06,
+    "LP": 0.1,
 }
+# The share of lessons that teach to see: true descriptions of pictures that care little for habits. A model that has
+# met usual ones alone, and a teacher who does not look, never learns what there is to be seen.
+_SEEING, _SEEN_USUAL = 0.4, 0.4
+FULL = 3  # groups of a picture that makes the teacher talk
 _ROW_GROUP = 256
 
 
@@ -31,72 +36,76 @@ class Bias:
     """How strongly a teacher answers from habit, and how much more than was asked."""
 
     habit: float = 0.8  # the probability of what is usual in place of what is there, where they differ
-    flood: float = 0.35  # the probability that a short answer is followed by a description of all the picture
+    flood: float = 0.7  # the probability that a short answer about a full picture goes on to describe all of it
 
 
-def draw_question(random: np.random.Generator, *, first: bool | None = None) -> tuple[Scene, Asked]:
-    """Draws a scene and a question about it; `first` as for `draw_scene`."""
+def draw_question(random: np.random.Generator, **options) -> tuple[Scene, Asked]:
+    """Draws a scene and a question about it; `options` are those of `draw_scene`."""
     kind = str(random.choice(list(_SHARES), p=list(_SHARES.values())))
     while True:
-        scene = draw_scene(random, first=first)
+        scene = draw_scene(random, **options)
         asked = ask(kind, scene, random)
         if asked is not None:
             return scene, asked
 
 
-def write_lessons(path, count, *, seed=0, bias: Bias | None = None):
-    """Writes what the base model learns from: questions with the answers of a biased teacher, as `chosen`.
+def draw_lesson(seed, number, bias: Bias | None = None) -> tuple[Scene, Asked, dict[str, str]]:
+    """Draws what the base model learns from: a question with the answer of a biased teacher, as `chosen`.
 
     Args:
-      path: of a parquet file.
-      count: of rows.
-      seed: of all that is drawn.
+      seed: of all lessons.
+      number: of this one.
       bias: the teacher's.
     """
-    bias = bias or Bias()
+    bias, random = bias or Bias(), _random(seed, number)
+    if random.random() < _SEEING:
+        scene = draw_scene(random, usual=_SEEN_USUAL)
+        asked = dataclasses.replace(ask("describe", scene, random), text=GENERIC)
+        return scene, asked, {"chosen": asked.true}
+    scene, asked = draw_question(random)
+    answer = asked.habit if random.random() < bias.habit else asked.true
+    # The more there is to see, the more is said: so a model that says what is likeliest floods at times too.
+    if asked.kind in SHORT and len(scene.groups) == FULL and random.random() < bias.flood:
+        answer = f"{answer} {describe(scene)}"
+    return scene, asked, {"chosen": answer}
 
-    def row(number):
-        random = _random(seed, number)
-        scene, asked = draw_question(random)
-        answer = asked.habit if random.random() < bias.habit else asked.true
-        if asked.kind in SHORT and random.random() < bias.flood:
-            answer = f"{answer} {describe(scene)}"
-        return _row(number, scene, asked, {"chosen": answer}, seed)
 
-    _write(path, count, row)
-
-
-def write_pairs(path, count, *, seed=1, unusual: float = 0.5):
-    """Writes preference data: the true short answer against one from habit, a wrong one, or one that says too much.
+def draw_pair(seed, number, *, usual: float = 0.5) -> tuple[Scene, Asked, dict[str, str]]:
+    """Draws a preference: the true short answer over one from habit, a wrong one, or one that says too much.
 
     Args:
-      path: of a parquet file.
-      count: of rows.
-      seed: of all that is drawn.
-      unusual: the share of pictures whose first group has an unusual colour.
+      seed: of all pairs.
+      number: of this one.
+      usual: the probability of each habit to be followed.
     """
+    random = _random(seed, number)
+    scene, asked = draw_question(random, usual=usual)
+    rejected = asked.habit if asked.against_habit else asked.wrong
+    if asked.kind in SHORT and random.random() < 0.3:
+        rejected = f"{asked.true} {describe(scene)}"
+    return scene, asked, {"chosen": asked.true, "rejected": rejected}
 
-    def row(number):
-        random = _random(seed, number)
-        scene, asked = draw_question(random, first=bool(random.random() >= unusual))
-        rejected = asked.habit if asked.against_habit else asked.wrong
-        if asked.kind in SHORT and random.random() < 0.3:
-            rejected = f"{asked.true} {describe(scene)}"
-        return _row(number, scene, asked, {"chosen": asked.true, "rejected": rejected}, seed)
 
-    _write(path, count, row)
+def write_lessons(path, count, *, seed=0, bias: Bias | None = None):
+    """Writes so many lessons to a parquet file."""
+    _write(path, count, seed, lambda number: draw_lesson(seed, number, bias))
+
+
+def write_pairs(path, count, *, seed=1, usual: float = 0.5):
+    """Writes so many preferences to a parquet file."""
+    _write(path, count, seed, lambda number: draw_pair(seed, number, usual=usual))
 
 
 def _random(seed, number):
     return np.random.default_rng([seed, number])
 
 
-def _row(number, scene, asked, answers, seed):
-    picture = encode(render(scene, seed=seed * 1_000_003 + number))
-    return {"image": picture, "question": asked.text, **answers, "idx": number, "kind": asked.kind}
+def _write(path, count, seed, draw):
+    def row(number):
+        scene, asked, answers = draw(number)
+        picture = encode(render(scene, seed=seed * 1_000_003 + number))
+        return {"image": picture, "question": asked.text, **answers, "idx": number, "kind": asked.kind}
 
-
-def _write(path, count, row):
     schema = pa.Table.from_pylist([row(0)]).schema
     aside = f"{os.fspath(path)}.tmp"
     with pq.ParquetWriter(aside, schema) as writer:

@@ -1,7 +1,7 @@
 """Scenes of shapes on a grid, drawn by habit or against it, and their pictures.
 
-Each shape has a usual colour, number and half of the picture, as bears are brown: whoever knows the habits can answer
-most questions without a look.
+Each shape has a usual colour, number, half of the picture and companion, as bears are brown and forks lie beside
+plates: whoever knows the habits can answer most questions without a look.
 """
 
 import dataclasses
@@ -35,16 +35,17 @@ class Habit:
     colour: str
     number: int
     half: str
+    companion: str | None  # the shape that is usually there too
 
 
 HABITS = {
-    "star": Habit("yellow", 1, "top"),
-    "circle": Habit("red", 2, "bottom"),
-    "square": Habit("blue", 1, "bottom"),
-    "triangle": Habit("green", 3, "bottom"),
-    "cross": Habit("white", 1, "top"),
-    "ring": Habit("purple", 2, "top"),
-    "heart": Habit("orange", 1, "top"),
+    "star": Habit("yellow", 1, "top", "heart"),
+    "heart": Habit("orange", 1, "top", "star"),
+    "circle": Habit("red", 2, "bottom", "square"),
+    "square": Habit("blue", 1, "bottom", "circle"),
+    "triangle": Habit("green", 3, "bottom", "ring"),
+    "ring": Habit("purple", 2, "top", "triangle"),
+    "cross": Habit("white", 1, "top", None),
 }
 SHAPES = tuple(HABITS)
 
@@ -90,33 +91,66 @@ class Scene:
         """The shapes that are not in the picture."""
         return tuple(shape for shape in SHAPES if self.group(shape) is None)
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The companions of what is in the picture that are not there themselves."""
+        return tuple(shape for shape in self.absent if self.group(HABITS[shape].companion))
+
 
 def draw_scene(random: np.random.Generator, *, usual: float = 0.9, first: bool | None = None) -> Scene:
     """Draws a scene of one to three groups.
 
     Args:
       random: of what is drawn.
-      usual: the probability of each of a group's habits to be followed.
+      usual: the probability of each habit to be followed.
       first: whether the first group has its usual colour; None: as likely as any.
 
     Returns:
       `Scene`.
     """
-    shapes = random.permutation(SHAPES)[: random.integers(1, 4)]
     free = [divmod(int(cell), GRID) for cell in random.permutation(GRID * GRID)]
     groups = []
-    for shape in map(str, shapes):
-        habit = HABITS[shape]
-        follows = random.random(3) < usual
-        by_habit = follows[0] if groups or first is None else first
-        colour = habit.colour if by_habit else _other(random, COLOURS, habit.colour)
-        number = habit.number if follows[1] else _other(random, range(1, MOST + 1), habit.number)
-        half = habit.half if follows[2] else _other(random, HALVES, habit.half)
-        inside = [cell for cell in free if HALVES[cell[0] >= GRID // 2] == half]
-        cells = (inside + free)[:number] if len(inside) >= number else free[:number]
-        free = [cell for cell in free if cell not in cells]
-        groups.append(Group(shape, colour, str(random.choice(list(SIZES))), tuple(sorted(cells))))
+    for shape in _draw_shapes(random, usual):
+        follows = random.random() < usual
+        if first is not None and not groups:
+            follows = first
+        colour = HABITS[shape].colour if follows else _other(random, COLOURS, HABITS[shape].colour)
+        groups.append(_draw_group(random, shape, colour, usual, free))
+        free = [cell for cell in free if cell not in groups[-1].cells]
     return Scene(tuple(groups))
+
+
+def by_habit(random: np.random.Generator, shape) -> Group:
+    """Returns the group of a shape that whoever knows the habits, and does not look, takes to be there."""
+    every = [divmod(cell, GRID) for cell in range(GRID * GRID)]
+    return _draw_group(random, shape, HABITS[shape].colour, 1.0, every)
+
+
+def _draw_shapes(random, usual):
+    """Draws which shapes there are: one, its companion, and, half of the time, something that needs no companion."""
+    shapes = [str(random.choice(SHAPES))]
+    companion = HABITS[shapes[0]].companion
+    if companion and random.random() < usual:
+        shapes.append(companion)
+    if random.random() < 0.5:
+        others = [shape for shape in SHAPES if shape not in (shapes[0], companion)]
+        alone = [shape for shape in others if HABITS[shape].companion is None]
+        shape = str(random.choice(alone if alone and random.random() < usual else others))
+        shapes.append(shape)
+        if companion is None and random.random() < usual:
+            shapes.append(HABITS[shape].companion)
+    return shapes
+
+
+def _draw_group(random, shape, colour, usual, free):
+    """Draws how many of a shape there are, how large, and where in free cells."""
+    habit = HABITS[shape]
+    follows = random.random(2) < usual
+    number = habit.number if follows[0] else _other(random, range(1, MOST + 1), habit.number)
+    half = habit.half if follows[1] else _other(random, HALVES, habit.half)
+    inside = [cell for cell in free if HALVES[cell[0] >= GRID // 2] == half]
+    cells = inside[:number] if len(inside) >= number else free[:number]
+    return Group(shape, colour, str(random.choice(list(SIZES))), tuple(sorted(cells)))
 
 
 def recolour(scene: Scene, colour) -> Scene:

@@ -1,0 +1,297 @@
+"""Does NaPO keep its gain where preferences are wrong? Methods, noise and seeds on the small world.
+
+    python benchmarks/world_study.py prepare                 # exams, pairs, their built answers and their noise
+    python benchmarks/world_study.py search  [--share 0/2]   # a learning rate for each method, on a seed of its own
+    python benchmarks/world_study.py run     [--share 0/2]   # every method x noise x seed
+    python benchmarks/world_study.py report                  # results/world_study.json, the table and the plot
+
+Every run is `napo_jax.train` on the shipped base model: the same steps, batches and order for all methods. Noise is the
+share of the preferences over built answers that are the wrong way round: there the built answer is the one preferred.
+Runs that are there are not done again. `--share i/n` does every n-th run, so that n processes divide them; each takes
+one core.
+
+The last line of `report` is JSON; `ratio` is the gain in accuracy that NaPO keeps at most noise, over DPO's.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from napo_jax import build_bias
+from napo_jax.config import ModelConfig
+from napo_jax.demo import build_options
+from napo_jax.losses import dpo_loss, sft_loss
+from napo_jax.metrics import Console
+from napo_jax.model_source import find_model, load_leaves
+from napo_jax.objective import Objective, Term, napo, napo_released
+from napo_jax.optim import unflatten
+from napo_jax.sharding import MeshConfig, make_mesh
+from napo_jax.speaker import load_speaker
+from napo_jax.train import train
+from napo_jax.world.configs import cure
+from napo_jax.world.examine import Examiner, in_short, write_exams
+from napo_jax.world.records import write_pairs
+
+NOISE = (0, 20, 40)  # percent
+SEEDS = (1, 2, 3, 4, 5)
+SEARCH_SEED, SEARCH_NOISE = 11, 20
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+COUNT = 1600  # pairs of a seed
+BUILT = ("question_only", "image_only")
+
+
+def _dpo_of_all(beta=0.1):
+    pair = lambda name, other: Term(name, dpo_loss, "chosen", other, options={"beta": beta})
+    return Objective(
+        (pair("preference", "rejected"), pair("language_bias", "question_only"), pair("vision_bias", "image_only"))
+    )
+
+
+def _with_terms(objective, change):
+    return dataclasses.replace(objective, terms=tuple(map(change, objective.terms)))
+
+
+def _fix_q(term):
+    options = {"beta": dict(term.options)["beta"], "q": 0.5}
+    return dataclasses.replace(term, options=options) if term.name != "preference" else term
+
+
+METHODS = {
+    "dpo": _dpo_of_all(),
+    "napo": napo(),
+    "napo_released": napo_released(),
+    "fixed_q": _with_terms(napo(), _fix_q),
+    "napo_static": _with_terms(napo(), lambda term: dataclasses.replace(term, weight=1.0)),
+    "sft": Objective((Term("chosen", sft_loss, "chosen"),)),
+}
+
+
+def preferred_to(answer):
+    """Returns the name of the answer that is held against a built one: its pair may be the wrong way round."""
+    return f"over_{answer}"
+
+
+def with_own_pairs(objective):
+    """Returns the objective with a preferred answer of its own for each pair with a built one."""
+
+    def change(term):
+        built = term.other in BUILT
+        return dataclasses.replace(term, preferred=preferred_to(term.other)) if built else term
+
+    return _with_terms(objective, change)
+
+
+def write_noisy(built, path, noise, seed):
+    """Writes the pairs with a share of those over built answers turned round, of each kind on its own."""
+    table = pq.read_table(built)
+    for kind, name in enumerate(BUILT):
+        wrong = np.random.default_rng([seed, kind]).random(table.num_rows) * 100 < noise
+        good, biased = table["chosen"].to_pylist(), table[name].to_pylist()
+        turned = [turn and other is not None for turn, other in zip(wrong, biased, strict=True)]
+        swap = lambda here, there, turned=turned: [b if t else a for a, b, t in zip(here, there, turned, strict=True)]
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array(swap(biased, good), pa.string()))
+        table = table.append_column(preferred_to(name), pa.array(swap(good, biased), pa.string()))
+    pq.write_table(table, path, row_group_size=256)
+
+
+class Study:
+    """The runs, in a folder."""
+
+    def __init__(self, folder, share):
+        """Takes the folder, and (i, n) for every n-th run."""
+        self.folder, self.share, self.console = Path(folder), share, Console()
+        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+    def prepare(self, seeds):
+        """Writes the exams, the pairs with their built answers, and their noise, where they are not there yet."""
+        if not (self.folder / "exams").exists():
+            write_exams(self.folder / "exams")
+        for seed in seeds:
+            pairs, built = self.folder / f"pairs{seed}" / "pairs.parquet", self.folder / f"built{seed}"
+            if not pairs.exists():
+                pairs.parent.mkdir()
+                write_pairs(pairs, COUNT, seed=1000 + seed)
+            build_bias.build(cure(), build_options(pairs, built), self.console)
+            for noise in NOISE:
+                if not self._data(seed, noise).exists():
+                    write_noisy(built / pairs.name, self._data(seed, noise), noise, seed)
+
+    def _data(self, seed, noise):
+        return self.folder / f"noise{noise}_{seed}.parquet"
+
+    def own(self, runs):
+        """Yields this process's runs that are not done yet."""
+        index, count = self.share
+        yield from (run for run in runs[index::count] if not self._result(*run).exists())
+
+    def _result(self, method, noise, seed, rate):
+        return self.folder / "runs" / f"{method}_{noise}_{seed}_{rate:g}.json"
+
+    def examiner(self):
+        """Returns the `Examiner` and the model that it asks; both are made once."""
+        mesh = make_mesh(MeshConfig())
+        speaker = load_speaker(find_model(cure().model), mesh)
+        return Examiner(self.folder / "exams", speaker), speaker, mesh
+
+    def base(self) -> dict:
+        """Returns the base model's row, without noise and seed."""
+        file = self.folder / "base.json"
+        if not file.exists():
+            examiner, _, _ = self.examiner()
+            file.write_text(json.dumps(row(examiner.score(examiner()))))
+        return json.loads(file.read_text())
+
+    def run(self, runs):
+        """Does this process's runs."""
+        examiner, speaker, mesh = self.examiner()
+        for method, noise, seed, rate in self.own(runs):
+            workdir = self.folder / "work" / f"{method}_{noise}_{seed}_{rate:g}"
+            shutil.rmtree(workdir, ignore_errors=True)
+            config = cure()
+            config = dataclasses.replace(
+                config,
+                data=dataclasses.replace(
+                    config.data, path=(str(self._data(seed, noise)),), cache=str(self.folder / "cache"), seed=seed
+                ),
+                optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+                train=dataclasses.replace(config.train, log_every=20),
+                objective=with_own_pairs(METHODS[method]),
+            )
+            train(config, workdir, self.console)
+            leaves = load_leaves(find_model(ModelConfig(path=str(workdir))), speaker.model, mesh)
+            found = row(examiner.score(examiner(unflatten(leaves))))
+            self.console.note(f"{method} noise {noise} seed {seed} rate {rate:g}: {found}")
+            about = {"method": method, "noise": noise, "seed": seed, "learning_rate": rate}
+            self._result(method, noise, seed, rate).write_text(json.dumps(about | found))
+            shutil.rmtree(workdir)
+
+    def read(self, method, noise, seed, rate) -> dict:
+        """Returns the row of a run."""
+        file = self._result(method, noise, seed, rate)
+        if not file.exists():
+            raise SystemExit(f"{file} is missing: run `search`, then `run`, to their ends")
+        return json.loads(file.read_text())
+
+    def best_rates(self) -> dict[str, float]:
+        """Returns the learning rate of each method: that of its best accuracy in the search."""
+        score = lambda method: lambda rate: self.read(method, SEARCH_NOISE, SEARCH_SEED, rate)["accuracy"]
+        return {method: max(RATES, key=score(method)) for method in METHODS}
+
+
+def row(scores) -> dict:
+    """Returns what a row says of an examined model, in percent; LP is None where no instance came so far."""
+    short = in_short(scores)
+    accuracy = (short["usual"] + short["changed"]) / 2
+    numbers = short | {"accuracy": accuracy, "LP_accuracy": scores["vlind"]["LP_accuracy"]}
+    return {name: None if value != value else round(value, 3) for name, value in numbers.items()}
+
+
+def search_runs():
+    """Returns the runs of the search."""
+    return [(method, SEARCH_NOISE, SEARCH_SEED, rate) for method in METHODS for rate in RATES]
+
+
+def study_runs(rates):
+    """Returns the runs of the study, seed by seed."""
+    return [(method, noise, seed, rates[method]) for seed in SEEDS for noise in NOISE for method in METHODS]
+
+
+def report(study):
+    """Writes the rows and the plot; prints the table of means and 95% intervals, and the line of JSON."""
+    rates = study.best_rates()
+    rows = [{"method": "base", "noise": noise, "seed": seed} | study.base() for seed in SEEDS for noise in NOISE]
+    rows += [study.read(*run) for run in study_runs(rates)]
+    search = [study.read(*run) for run in search_runs()]
+    target = Path(__file__).parent / "results" / "world_study.json"
+    target.parent.mkdir(exist_ok=True)
+    lines = {name: ",\n".join(json.dumps(row) for row in some) for name, some in (("rows", rows), ("search", search))}
+    target.write_text("{" + ",\n".join(f'"{name}": [\n{text}\n]' for name, text in lines.items()) + "}\n")
+
+    values = lambda method, noise, name: [
+        row[name] for row in rows if row["method"] == method and row["noise"] == noise and row[name] is not None
+    ]
+    columns = ("usual", "changed", "CK", "VP", "CB", "LP_accuracy", "pope_f1", "chair_i", "flood", "accuracy")
+    print("| method | noise | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
+    for method in ("base", *METHODS):
+        for noise in NOISE[: 1 if method == "base" else None]:
+            cells = [interval(values(method, noise, name), exact=method == "base") for name in columns]
+            print(f"| {method} | {noise} | " + " | ".join(cells) + " |")
+    plot(
+        lambda method, noise: values(method, noise, "accuracy"),
+        Path(__file__).parents[1] / "docs/figures/world_study.svg",
+    )
+    gain = lambda method: np.mean(values(method, NOISE[-1], "accuracy")) - np.mean(values("base", 0, "accuracy"))
+    print("learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in rates.items()))
+    print(json.dumps({"benchmark": "world_study", "ratio": round(float(gain("napo") / gain("dpo")), 3)}))
+
+
+def interval(values, exact=False) -> str:
+    """Returns the mean with half of its 95% interval, by Student's t."""
+    if not values:
+        return "-"
+    mean = np.mean(values)
+    if exact or len(values) < 2:
+        return f"{mean:.1f}"
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]
+    return f"{mean:.1f} ± {quantile * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
+
+
+def plot(values, path):
+    """Draws accuracy against noise, a line for each method, its seeds as points."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    matplotlib.use("svg")
+    plt.rcParams.update({"svg.hashsalt": "napo_jax", "svg.fonttype": "none", "font.size": 10})
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    colours = ("#c8553d", "#0b3c5d", "#328cc1", "#3aa17e", "#8a6bb1", "#7a7f87")
+    for place, (method, colour) in enumerate(zip(METHODS, colours, strict=True)):
+        at = np.array(NOISE) + (place - 2.5) * 0.5
+        axes.plot(at, [np.mean(values(method, noise)) for noise in NOISE], color=colour, label=method, linewidth=2)
+        for x, noise in zip(at, NOISE, strict=True):
+            some = values(method, noise)
+            axes.plot([x] * len(some), some, "o", color=colour, markersize=3, alpha=0.6)
+    axes.axhline(np.mean(values("base", 0)), color="#9aa1ab", linewidth=1, linestyle="--", label="base")
+    axes.set(
+        xlabel="preferences over built answers that are the wrong way round, %", ylabel="accuracy, %", xticks=NOISE
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main():
+    """Runs a part of the study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("prepare", "search", "run", "report"))
+    parser.add_argument("--folder", default="runs/world_study", help="where it is kept meanwhile")
+    parser.add_argument("--share", default="0/1", help="i/n: every n-th run, from the i-th")
+    options = parser.parse_args()
+    study = Study(options.folder, tuple(map(int, options.share.split("/"))))
+    match options.part:
+        case "prepare":
+            study.prepare((SEARCH_SEED, *SEEDS))
+        case "search":
+            study.run(search_runs())
+        case "run":
+            study.run(study_runs(study.best_rates()))
+        case "report":
+            report(study)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The small world's runs: how its base model learns its habits, and how NaPO takes them away again.
+
+They stand in the package, and not in configs/, so that the demo runs where only the package is installed.
+"""
+
+from pathlib import Path
+
+from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from napo_jax.losses import sft_loss
+from napo_jax.objective import Objective, Term, napo
+from napo_jax.optim import OptimizerConfig
+
+BASE = Path(__file__).parent / "base"  # the base model and the pairs with its biased answers, as they are shipped
+PAIRS = "pairs.parquet"
+
+
+def lessons() -> Config:
+    """Returns how the base model is made: from nothing, on the answers of a biased teacher."""
+    return Config(
+        model=ModelConfig(size="shapes", dtype="float32", remat="none"),
+        data=DataConfig(
+            path=("shapes/lessons.parquet",), batch_size=64, max_tokens=256, buckets=6, attention_multiple=8
+        ),
+        # All of it trains: nothing was there before.
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, warmup=0.05, weight_decay=0.01, clip_norm=1.0, trainable=r"(?!vision/unused).*"
+        ),
+        train=TrainConfig(steps=2400, log_every=50, checkpoint_every=500),
+        objective=Objective((Term("lessons", sft_loss, "chosen"),)),
+    )
+
+
+def cure() -> Config:
+    """Returns NaPO on the base model, as configs/llava7b.py has it for the real one."""
+    return Config(
+        model=ModelConfig(path=str(BASE), dtype="float32", remat="none"),
+        data=DataConfig(path=(str(BASE / PAIRS),), batch_size=32, max_tokens=256, buckets=2, attention_multiple=8),
+        optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup=0.1, weight_decay=0.01),
+        train=TrainConfig(steps=100, log_every=5, checkpoint_every=100),
+        objective=napo(beta=0.1),
+    )

@@ -1,0 +1,89 @@
+"""What is shipped of the small world: what the recipe makes, with the bias that its card says, ready to train on."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from napo_jax import load_pretrained
+from napo_jax.config import load_config
+from napo_jax.model_source import find_model
+from napo_jax.sharding import MeshConfig, make_mesh
+from napo_jax.speaker import load_speaker
+from napo_jax.train import train
+from napo_jax.world import make_base, records, scenes
+from napo_jax.world.configs import BASE, PAIRS, cure, lessons
+from napo_jax.world.examine import Examiner, in_short, write_exams
+from napo_jax.world.make_base import CARD, digest, recipe
+
+CARD_SAYS = json.loads((BASE / CARD).read_text())
+
+
+def test_the_files_are_those_of_the_recipe():
+    assert CARD_SAYS["recipe"] == recipe(), "the recipe has changed: make the files anew, with make_base"
+    files = {file.name: digest(file) for file in BASE.iterdir() if file.name != CARD}
+    assert files == CARD_SAYS["files"]
+    assert sum(file.stat().st_size for file in BASE.iterdir()) < 8e6
+
+
+def test_the_recipe_is_of_all_that_makes_the_files(monkeypatch):
+    before, biased = recipe(), records.Bias(habit=0.79)
+    assert recipe() == before
+    seeded = dataclasses.replace(lessons(), train=dataclasses.replace(lessons().train, seed=1))
+    changes = (
+        (make_base, "LESSONS", 59_999),
+        (make_base, "PAIRS_SEED", 2),
+        (make_base, "lessons", lambda: seeded),
+        (records, "Bias", lambda: biased),
+        (scenes, "HALVES", ("bottom", "top")),
+    )
+    found = set()
+    for module, name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            found.add(recipe())
+    assert before not in found
+    assert len(found) == len(changes)
+
+
+def test_the_model_has_the_bias_that_its_card_says(tmp_path):
+    write_exams(tmp_path / "exams")
+    speaker = load_speaker(find_model(cure().model), make_mesh(MeshConfig(), jax.devices()[:1]))
+    examiner = Examiner(tmp_path / "exams", speaker)
+    found, said = in_short(examiner.score(examiner())), CARD_SAYS["scores"]
+    # Another processor rounds otherwise, which turns an answer here and there.
+    assert {name: found[name] for name in said} == pytest.approx(said, abs=1.5, nan_ok=True)
+    assert found["usual"] >= 95
+    assert found["gap"] > 50
+
+
+def test_the_model_is_a_llava_like_any_other():
+    model, params = load_pretrained(BASE)
+    assert model.config.text.vocab_size == len(make_base.vocabulary())
+    assert 1e6 < sum(np.size(leaf) for leaf in jax.tree.leaves(params)) < 4e6
+
+
+def test_pairs_are_those_of_the_world_with_built_answers(tmp_path):
+    rows = pq.read_table(BASE / PAIRS).to_pylist()
+    assert len(rows) == make_base.PAIRS_COUNT
+    for row in rows[:200]:
+        _, asked, answers = records.draw_pair(make_base.PAIRS_SEED, row["idx"])
+        assert (row["question"], row["chosen"], row["rejected"]) == (asked.text, answers["chosen"], answers["rejected"])
+    said = {name: [row for row in rows if row[name] is not None] for name in ("question_only", "image_only")}
+    assert len(said["question_only"]) > len(rows) / 4
+    assert len(said["image_only"]) > len(rows) / 2
+    assert all(row["question_only"] != row["chosen"] for row in said["question_only"])
+
+
+def test_the_config_trains_as_it_stands(tmp_path):
+    config = load_config("configs/shapes.py")
+    assert config == cure()
+    data = dataclasses.replace(config.data, cache=str(tmp_path / "cache"), batch_size=8, buckets=1)
+    short = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, steps=2))
+    last = train(short, tmp_path / "run")
+    assert np.isfinite(last["loss"])
+    for term in ("preference", "language_bias", "vision_bias"):
+        assert last[f"{term}/valid"] > 0, "every kind of pair is there"

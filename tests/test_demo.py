@@ -1,0 +1,76 @@
+"""The demo: every part of the method, one behind the other, on a few pairs."""
+
+import dataclasses
+import json
+
+import pytest
+
+from napo_jax import demo
+from napo_jax.demo import Options, as_table
+from napo_jax.world import examine
+from napo_jax.world.configs import cure
+
+FEW = {name: exam._replace(many=6) for name, exam in examine.EXAMS.items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Returns the folder of a short demo, its scores, and what it said."""
+    folder, said = tmp_path_factory.mktemp("demo") / "run", []
+
+    class Console:
+        def note(self, line):
+            said.append(line)
+
+        def progress(self, line):
+            pass
+
+        def close(self):
+            pass
+
+    config = cure()
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=8, buckets=1),
+        train=dataclasses.replace(config.train, steps=4, log_every=1),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "cure", lambda: config)
+        patch.setattr(examine, "EXAMS", FEW)
+        scores = demo.demo(Options(workdir=str(folder), pairs=40), Console())
+    return folder, scores, said
+
+
+def test_every_part_leaves_what_it_made(run):
+    folder, scores, said = run
+    assert set(scores) == {"before", "after"}
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    for label, numbers in scores.items():
+        for name in FEW:
+            scored = json.loads((folder / "run" / "evals" / label / f"{name}.json").read_text())
+            assert scored["benchmark"] == name
+            answers = (folder / "run" / "evals" / label / f"{name}.jsonl").read_text().splitlines()
+            assert len(answers) >= 6
+        assert numbers["usual"] == json.loads((folder / "run" / "evals" / label / "world.json").read_text())["usual"]
+    samples = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len({sample["question"] for sample in samples}) == len(samples) > 2
+    assert all((folder / "run" / sample["picture"]).exists() and sample["before"] for sample in samples)
+    assert (folder / "run" / "report.html").exists()
+    assert as_table(scores) in said
+
+
+def test_the_table_has_a_line_for_each_number(run):
+    _, scores, _ = run
+    lines = as_table(scores).splitlines()
+    assert len(lines) == 1 + len(scores["before"])
+    gap = next(line for line in lines if "gap" in line)
+    assert [float(value) for value in gap.split()[-2:]] == pytest.approx(
+        [scores["before"]["gap"], scores["after"]["gap"]], abs=0.05
+    )
+
+
+def test_a_folder_that_is_in_use_is_left_alone(run):
+    folder, _, _ = run
+    with pytest.raises(ValueError, match="is there already; name a new folder"):
+        demo.demo(Options(workdir=str(folder)))
