@@ -10,7 +10,6 @@ The three meet in files alone, so that answers of any other code can be scored, 
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 from typing import Annotated
 
@@ -19,7 +18,7 @@ from etils import epath
 
 from napo_jax.config import exit_with_one_line, read_flags
 from napo_jax.evals import compare as comparison
-from napo_jax.evals.answers import fingerprint, read_rows
+from napo_jax.evals.answers import as_json, fingerprint, read_rows
 from napo_jax.evals.benchmarks import Asked
 from napo_jax.pieces import BOOKS, read_manifest, write_durably
 from napo_jax.processes import together
@@ -96,17 +95,8 @@ def _score(argv):
     scored = score(options)
     print(as_text(scored))
     if options.out is not None:
-        write_durably(epath.Path(options.out), json.dumps(_without_nan(scored), allow_nan=False))
+        write_durably(epath.Path(options.out), as_json(scored))
         print(f"wrote {options.out}")
-
-
-def _without_nan(value):
-    """Returns a value in which null stands for numbers that are none: JSON has no nan."""
-    if isinstance(value, dict):
-        return {name: _without_nan(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _compare(argv):

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from napo_jax.debias import calibrate, contrast, without_picture
 from napo_jax.decoding import Decoding, Search, begin, best, choose
 from napo_jax.models import IMAGE_SLOT, Llava
+from napo_jax.models.llava import layers_apart
 from napo_jax.models.mixing import Kept, NextToken
 from napo_jax.sharding import ROWS, over_rows
 
@@ -94,6 +95,9 @@ class Generator:
         self.slots, self._prompt_tokens, self._mesh = slots, prompt_tokens, mesh
         self._in_row = max(1, slots // 4 // self._rows)  # prompts that are read at a time, by a row of devices
         self._others = len(without_picture(np.zeros(0, np.int32), decoding.debias))  # prompts that each is held against
+        # A loop over layers takes a layer's weights, and what was kept, out of those of all: accelerators as they read
+        # them, but a CPU copies them at each token. Apart, they are copied once for many tokens.
+        self._apart = jax.default_backend() == "cpu"
         places = self._places()
         self._empty = jax.jit(self._empty, out_shardings=places)  # compiled, so that no two of its arrays are one
         self._read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
@@ -289,20 +293,25 @@ class Generator:
         near = lambda kept: kept._replace(
             beam_keys=kept.beam_keys[..., :window, :], beam_values=kept.beam_values[..., :window, :]
         )
-        state = state._replace(streams=tuple(stream._replace(kept=near(stream.kept)) for stream in whole))
+        apart = self._apart
+        params, lay = (layers_apart(params), Kept.by_layer) if apart else (params, lambda kept: kept)
+        state = state._replace(streams=tuple(stream._replace(kept=lay(near(stream.kept))) for stream in whole))
 
         def hear(stream, ids, search, before):
             """Reads what was said behind one of the prompts; returns the logits of the next token."""
             mix = NextToken(stream.lengths, search.row_of[:, :, :window], before)
-            logits, (keys, values) = self._model.next_token(params, ids, mix, stream.kept)
+            logits, new = self._model.next_token(params, ids, mix, stream.kept)
             # Slot by slot, which tells the compiler that no device needs what another one writes.
-            into = lambda kept, new, at: kept.at[..., at, :].set(new.swapaxes(1, 2), mode="drop")
-            write = jax.vmap(into, (1, 1, 0), 1)
-            keys, values = (
-                write(stream.kept.beam_keys, keys, before),
-                write(stream.kept.beam_values, values, before),
-            )
-            return logits, stream._replace(kept=stream.kept._replace(beam_keys=keys, beam_values=values))
+            into = lambda kept, new, at: kept.at[..., at, :].set(new.swapaxes(-3, -2), mode="drop")
+            slot = 0 if apart else 1
+            write = jax.vmap(into, (slot, slot, 0), slot)
+
+            def keep(kept, new):
+                keys, values = (write(old, one, before) for old, one in zip(kept[2:], new, strict=True))
+                return kept._replace(beam_keys=keys, beam_values=values)
+
+            kept = list(map(keep, stream.kept, new)) if apart else keep(stream.kept, new)
+            return logits, stream._replace(kept=kept)
 
         def say(carry):
             state, times = carry
@@ -321,13 +330,16 @@ class Generator:
 
         state, _ = jax.lax.while_loop(wanted, say, (state, 0))
         put_back = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=4)
-        streams = tuple(
-            new._replace(
-                kept=new.kept._replace(
-                    beam_keys=put_back(old.kept.beam_keys, new.kept.beam_keys),
-                    beam_values=put_back(old.kept.beam_values, new.kept.beam_values),
-                )
+
+        def back(old, new):
+            """Returns what was kept, with what was said since in its place."""
+            keys, values = (
+                jnp.stack([getattr(kept, name) for kept in new]) if apart else getattr(new, name)
+                for name in ("beam_keys", "beam_values")
             )
-            for old, new in zip(whole, state.streams, strict=True)
+            return old._replace(beam_keys=put_back(old.beam_keys, keys), beam_values=put_back(old.beam_values, values))
+
+        streams = tuple(
+            new._replace(kept=back(old.kept, new.kept)) for old, new in zip(whole, state.streams, strict=True)
         )
         return state._replace(streams=streams)

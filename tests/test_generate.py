@@ -80,6 +80,7 @@ def by_us(params, prompts, slots=4, mesh=None, **options):
     """Returns {key: tokens, with the end}."""
     decoding = Decoding(**{"max_tokens": MOST} | options)
     generator = Generator(Llava(CONFIG), params, decoding, eos=EOS, slots=slots, prompt_tokens=64, mesh=mesh)
+    generator._apart = mesh is None  # a mesh stands for accelerators, which go through the layers in a loop
     return {answer.key: answer.ids + [EOS] * answer.ended for answer in generator(prompts)}
 
 
@@ -136,6 +137,7 @@ def test_what_a_mesh_keeps_is_cut_and_no_device_asks_another_for_it(params):
         generator = Generator(
             Llava(CONFIG), params, Decoding(beams=3, max_tokens=MOST), eos=EOS, slots=16, prompt_tokens=64, mesh=mesh
         )
+        generator._apart = False
         state = generator._empty()
         for leaf in jax.tree.leaves(state.streams):
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size

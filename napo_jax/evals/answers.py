@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,20 @@ def write_row(question: Question, text: str) -> dict[str, Any]:
 def fingerprint(questions: Sequence[Question]) -> str:
     """Returns 32 hex digits that stand for all that is asked, in its order."""
     return hashlib.sha256(json.dumps([list(question) for question in questions]).encode()).hexdigest()[:32]
+
+
+def as_json(scored) -> str:
+    """Returns what a benchmark's `score` gives as JSON, with null for a number that is none: JSON has no nan."""
+    return json.dumps(_without_nan(scored), allow_nan=False)
+
+
+def _without_nan(value):
+    """Returns a value in which null stands for numbers that are none: JSON has no nan."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -159,14 +159,25 @@ class Llama(nn.Module):
           embeddings: float[B, S, D].
           positions: int32[B, S].
           mix: how tokens see each other; see `napo_jax.models.mixing`.
-          kept: what `mix` reads, layers in front; or None.
+          kept: what `mix` reads, layers in front; or a list of it by layer, where the parameters are apart too; or
+            None.
 
         Returns:
-          hidden states float[B, S, D], and what `mix` keeps, layers in front.
+          hidden states float[B, S, D], and what `mix` keeps, in the form of `kept`.
         """
         tables = rope_tables(positions, self.config.head_width, self.config.rope_theta)
-        x, kept = self.layers(keep_rows(embeddings), tables, mix, kept)
+        run = self._layers_apart if isinstance(kept, list) else self.layers
+        x, kept = run(keep_rows(embeddings), tables, mix, kept)
         return keep_rows(self.norm(x)), kept
+
+    def _layers_apart(self, x, tables, mix, kept):
+        """Runs the layers with parameters, and what was kept, of a layer each; see `layers_apart`."""
+        layer = DecoderLayer(self.config, self.lora, self.dtype, self.param_dtype, parent=None)
+        after = []
+        for params, of_layer in zip(self.get_variable("params", "layers"), kept, strict=True):
+            x, of_layer = layer.apply({"params": params}, x, tables, mix, of_layer)
+            after.append(of_layer)
+        return x, after
 
     def logits(self, hidden):
         """Maps float[..., D] to float32[..., V]."""

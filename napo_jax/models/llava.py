@@ -175,6 +175,14 @@ class _Network(nn.Module):
         return features, (count == 0) | (count == features.shape[2])
 
 
+def layers_apart(params):
+    """Returns the parameter tree with a tuple of trees, one for each layer of the decoder, in place of its layers."""
+    language = params["language"]
+    leaves, tree = jax.tree.flatten(language["layers"])
+    layers = tuple(tree.unflatten([leaf[layer] for leaf in leaves]) for layer in range(leaves[0].shape[0]))
+    return params | {"language": language | {"layers": layers}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Llava:
     """LLaVA as pure functions of a parameter tree, a plain dict of `vision`, `projector` and `language`."""
@@ -262,10 +270,11 @@ class Llava:
           params: the parameter tree.
           ids: int32[S, N], the tokens that were just said.
           mix: `NextToken`.
-          kept: `Kept`.
+          kept: `Kept`; or a list of it by layer, with parameters that are `layers_apart`.
 
         Returns:
-          float32[S, N, V], the logits of the tokens to say next; and (keys, values), float[L, S, N, G, K] each.
+          float32[S, N, V], the logits of the tokens to say next; and (keys, values), float[L, S, N, G, K] each, or a
+          list of them by layer.
         """
         return self._apply(params, ids, mix, kept, method="next_token")
 

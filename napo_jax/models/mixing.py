@@ -59,6 +59,10 @@ class Kept(NamedTuple):
     beam_keys: jax.Array  # float[L, S, G, N, T, K], by the row that a beam had when it said the token
     beam_values: jax.Array
 
+    def by_layer(self) -> list["Kept"]:
+        """Returns the same of each layer, as arrays of its own."""
+        return [Kept(*(x[layer] for x in self)) for layer in range(self.prompt_keys.shape[0])]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

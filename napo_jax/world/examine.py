@@ -8,7 +8,7 @@ from typing import NamedTuple
 from napo_jax.asking import QuestionAsker
 from napo_jax.decoding import Decoding
 from napo_jax.evals import chair, pope, vlind
-from napo_jax.evals.answers import fingerprint, write_row
+from napo_jax.evals.answers import as_json, fingerprint, write_row
 from napo_jax.speaker import Speaker
 from napo_jax.world import exam, exams
 
@@ -102,7 +102,7 @@ class Examiner:
         for name, scored in self.score(said).items():
             lines = [f"{json.dumps(row)}\n" for row in self._rows(name, said[name])]
             (folder / f"{name}.jsonl").write_text("".join(lines))
-            (folder / f"{name}.json").write_text(json.dumps(scored))
+            (folder / f"{name}.json").write_text(as_json(scored))
 
     def _rows(self, name, answers):
         return [write_row(question, answers[question.key]) for question in self._questions[name]]

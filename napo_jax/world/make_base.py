@@ -15,6 +15,7 @@ from pathlib import Path
 from napo_jax import build_bias, export
 from napo_jax.config import ModelConfig, exit_with_one_line, read_flags
 from napo_jax.demo import build_options
+from napo_jax.evals.answers import as_json
 from napo_jax.metrics import Console
 from napo_jax.model_source import find_model
 from napo_jax.sharding import MeshConfig, make_mesh
@@ -119,7 +120,7 @@ def make(options: Options, console=None):
     }
     shutil.copy(work / "built" / PAIRS, model)
     card["files"] = {file.name: digest(file) for file in sorted(model.iterdir())}
-    (model / CARD).write_text(json.dumps(card, indent=1))
+    (model / CARD).write_text(json.dumps(json.loads(as_json(card)), indent=1))
     shutil.move(model, output)
     console.note(f"wrote {output}: {', '.join(f'{name} {value:.1f}' for name, value in card['scores'].items())}")
 
