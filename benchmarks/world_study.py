@@ -72,7 +72,7 @@ METHODS = {
     "napo": napo(),
     "napo_released": napo_released(),
     "fixed_q": _with_terms(napo(), _fix_q),
-    "napo_static": _with_terms(napo(), lambda term: dataclasses.replace(term, weight=1.0)),
+    "napo_static": napo(weight=1.0),
     "sft": Objective((Term("chosen", sft_loss, "chosen"),)),
 }
 

@@ -18,7 +18,8 @@ from napo_jax.bias.finish import PAGE, SUMMARY, finish
 from napo_jax.bias.inputs import SUFFIXES
 from napo_jax.bias.masks import Recipe
 from napo_jax.bias.work import Work
-from napo_jax.config import Config, exit_with_one_line, parse
+from napo_jax.command import exit_with_one_line
+from napo_jax.config import Config, parse
 from napo_jax.decoding import Decoding
 from napo_jax.journal import StoppedError
 from napo_jax.metrics import Console

@@ -17,7 +17,8 @@ import jax
 from etils import epath
 
 from napo_jax.bias.masks import Asker, Recipe
-from napo_jax.config import ModelConfig, exit_with_one_line, one_line, read_flags
+from napo_jax.command import exit_with_one_line, one_line, read_flags
+from napo_jax.config import ModelConfig
 from napo_jax.data.images import ImageError
 from napo_jax.data.prompts import Prompter, PromptError
 from napo_jax.data.records import Record

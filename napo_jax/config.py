@@ -3,11 +3,8 @@
 A config file defines `get_config() -> Config`. Every field below is a flag of every command, `--data.batch-size 8`.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
-import io
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -15,14 +12,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from napo_jax.command import read_flags
 from napo_jax.fields import check_fields
 from napo_jax.models.lora import LoraConfig
 from napo_jax.objective import Objective, napo
 from napo_jax.optim import OptimizerConfig
 from napo_jax.sharding import MeshConfig
-
-# What a user can mend. Of what the system says of a file, that which another path or another permission would change.
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,33 +221,6 @@ def parse(options: type, argv=None, *, description: str) -> tuple[Config, Any]:
     return given.run, given.options
 
 
-def read_flags(kind, argv, **options):
-    """Makes a dataclass of a command line by tyro; raises one line for what is wrong with it."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=argv, **options)
-    except SystemExit:
-        if said.getvalue():
-            raise ValueError(_without_box(said.getvalue())) from None
-        raise  # --help
-
-
-def _without_box(text):
-    """Returns the message in one of tyro's boxes, and the flags that it finds near a wrong one."""
-    parts = [[]]
-    for line in text.splitlines()[1:]:  # the first line is the title
-        line = line.strip().strip("│|").strip()
-        if not line.strip("─-╰╯+"):
-            parts.append([])
-        else:
-            parts[-1].append(line)
-    first, *more = (part for part in parts if part)
-    message = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(first))
-    near = [line for part in more if "meant" in part[0] for line in part if line.startswith("--")]
-    return message + (f"; perhaps you meant {' or '.join(near)}" if near else "; --help lists all")
-
-
 def _take_config(argv):
     """Returns the value of --config, None if there is none, and the other arguments."""
     for i, word in enumerate(argv):
@@ -261,19 +229,3 @@ def _take_config(argv):
         if word.startswith("--config="):
             return word.partition("=")[2], argv[:i] + argv[i + 1 :]
     return None, argv
-
-
-def exit_with_one_line(main):
-    """Runs a command; what is wrong with its usage, config or data becomes one line and exit status 2."""
-    try:
-        main()
-    except USER_ERRORS as error:
-        print(one_line(error), file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def one_line(error) -> str:
-    """Returns what to print of one of USER_ERRORS."""
-    # Names of files and columns may hold anything.
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
-    return f"error: {''.join(escaped)}"

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from napo_jax import build_bias
 from napo_jax.asking import QuestionAsker
-from napo_jax.config import ModelConfig, exit_with_one_line, read_flags
+from napo_jax.command import exit_with_one_line, read_flags
+from napo_jax.config import ModelConfig
 from napo_jax.evals.answers import Question
 from napo_jax.metrics import Console
 from napo_jax.model_source import absolute, find_model, load_leaves
@@ -106,10 +107,9 @@ def _new_folder() -> str:
 
 def build_options(pairs, output) -> build_bias.Options:
     """Returns how the biased answers to a file of pairs are built."""
-    # The small model has never met a picture without any words: it is asked in general terms.
-    return build_bias.Options(
-        input=(str(pairs),), output=str(output), question_mask="generic", decoding=DECODING, slots=64, piece=256
-    )
+    # The small model has met neither a question without a picture's places nor a picture without any words.
+    masks = {"image_mask": "blank", "question_mask": "generic"}
+    return build_bias.Options(input=(str(pairs),), output=str(output), decoding=DECODING, slots=64, piece=256, **masks)
 
 
 def _write_samples(examiner, file, run, speaker, params):

@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from napo_jax.config import exit_with_one_line, read_flags
+from napo_jax.command import exit_with_one_line, read_flags
 from napo_jax.evals import compare as comparison
 from napo_jax.evals.answers import as_json, fingerprint, read_rows
 from napo_jax.evals.benchmarks import Asked

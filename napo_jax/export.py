@@ -11,7 +11,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from napo_jax.config import ModelConfig, exit_with_one_line, read_flags
+from napo_jax.command import exit_with_one_line, read_flags
+from napo_jax.config import ModelConfig
 from napo_jax.hub_files import copy_tokenizer
 from napo_jax.model_source import find_model, is_workdir, load_leaves, load_trained
 from napo_jax.models import Llava

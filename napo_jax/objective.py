@@ -337,17 +337,22 @@ def _evaluate(term: Term, policy, reference, where, axis_name) -> _Outcome:
     return _Outcome(valid, jnp.mean(jnp.asarray(stats.get("q", 0.0), losses.dtype)), examples)
 
 
-def napo(beta: float = 0.1) -> Objective:
+def napo(beta: float = 0.1, weight: float | Literal["dynamic"] = "dynamic") -> Objective:
     """Returns NaPO as in the paper (Eq. 14).
 
     The original pair keeps DPO. The two biased answers take NaPO with q by the paper's rule: the language-biased one,
     made without the image, on the mean margin with alpha 0.5; the vision-biased one, made without the question, on the
     summed margin with alpha 0.01. All three have dynamic weights.
+
+    Args:
+      beta: of all three losses.
+      weight: a number in place of the dynamic weights. Those follow the margins, so that a term whose answers are easily
+        told apart takes most of the weight from the others.
     """
     return Objective(
         (
-            Term("preference", dpo_loss, "chosen", "rejected", weight="dynamic", options={"beta": beta}),
-            *_bias_terms(beta, rule="paper", weight="dynamic"),
+            Term("preference", dpo_loss, "chosen", "rejected", weight=weight, options={"beta": beta}),
+            *_bias_terms(beta, rule="paper", weight=weight),
         )
     )
 

@@ -17,8 +17,9 @@ import numpy as np
 from napo_jax import costs
 from napo_jax.arithmetic import attention_flops, step_flops
 from napo_jax.chips import Topology, find_topology, planned_devices
+from napo_jax.command import exit_with_one_line
 from napo_jax.compiled import compile_step
-from napo_jax.config import Config, exit_with_one_line, parse
+from napo_jax.config import Config, parse
 from napo_jax.data.buckets import choose_buckets
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.loader import Batch

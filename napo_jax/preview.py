@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 
-from napo_jax.config import exit_with_one_line, parse
+from napo_jax.command import exit_with_one_line
+from napo_jax.config import parse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import traceback
 
 import jax
 
-from napo_jax.config import USER_ERRORS, one_line
+from napo_jax.command import USER_ERRORS, one_line
 
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 

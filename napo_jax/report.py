@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from napo_jax.config import exit_with_one_line, read_flags
+from napo_jax.command import exit_with_one_line, read_flags
 
 _FIRST, _LAST = "before", "after"  # labels of evaluations
 

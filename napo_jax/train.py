@@ -15,7 +15,8 @@ import jax
 
 from napo_jax.arithmetic import step_flops
 from napo_jax.checkpoint import Checkpoints
-from napo_jax.config import Config, exit_with_one_line, one_line, parse
+from napo_jax.command import exit_with_one_line, one_line
+from napo_jax.config import Config, parse
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.loader import on_devices
 from napo_jax.data.records import find_files

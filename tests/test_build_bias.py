@@ -19,7 +19,8 @@ from test_torture import GOOD, ROWS
 from napo_jax import build_bias
 from napo_jax.bias.masks import Recipe
 from napo_jax.build_bias import Options, build, main
-from napo_jax.config import DataConfig, exit_with_one_line, load_config
+from napo_jax.command import exit_with_one_line
+from napo_jax.config import DataConfig, load_config
 from napo_jax.data.prompts import Prompter, load_tokenizer
 from napo_jax.data.records import open_records
 from napo_jax.decoding import Decoding

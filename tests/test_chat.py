@@ -19,7 +19,7 @@ from toy_tokenizer import toy_tokenizer, write_toy_tokenizer
 
 from napo_jax import chat, speaker
 from napo_jax.bias.masks import GENERIC
-from napo_jax.config import exit_with_one_line
+from napo_jax.command import exit_with_one_line
 from napo_jax.data.byte_tokenizer import byte_tokenizer
 from napo_jax.data.images import decode, fit, normalise
 from napo_jax.data.prompts import Prompter

@@ -17,7 +17,7 @@ from quick import quick_jit
 from speaking_model import write_speaking_model
 
 from napo_jax import answering
-from napo_jax.config import exit_with_one_line
+from napo_jax.command import exit_with_one_line
 from napo_jax.data.images import decode, fit, normalise
 from napo_jax.data.prompts import Prompter, load_tokenizer
 from napo_jax.decoding import Decoding
@@ -344,8 +344,8 @@ def test_scores_need_no_model_and_touch_no_device(folder, by_hand, tmp_path):
         "import sys\nfrom napo_jax.evaluate import main\n"
         f"main({['score', *flags(folder, answers=by_hand, out=out)]})\n"
         f"main({['compare', out, out, '--resamples', '9']})\n"
-        "names = ('answering', 'decoding', 'generate', 'model_source', 'weights', 'checkpoint')\n"
-        "names = [f'napo_jax.{name}' for name in names] + ['orbax', 'transformers', 'safetensors', 'grain']\n"
+        "names = ('answering', 'decoding', 'generate', 'models', 'model_source', 'weights', 'checkpoint')\n"
+        "names = [f'napo_jax.{name}' for name in names] + ['flax', 'orbax', 'transformers', 'safetensors', 'grain']\n"
         "print([name for name in names if name in sys.modules])"
     )
     environment = os.environ | {"JAX_PLATFORMS": "none_such"}

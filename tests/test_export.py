@@ -19,7 +19,8 @@ from toy_tokenizer import toy_tokenizer, write_toy_tokenizer
 
 from napo_jax import export, export_pretrained, load_pretrained, start, tensor_files, train
 from napo_jax.checkpoint import Checkpoints
-from napo_jax.config import Config, ModelConfig, exit_with_one_line
+from napo_jax.command import exit_with_one_line
+from napo_jax.config import Config, ModelConfig
 from napo_jax.model_source import find_model, load_leaves
 from napo_jax.models import IMAGE_SLOT, Llava
 from napo_jax.models.lora import LoraConfig, is_adapter, merge_adapters

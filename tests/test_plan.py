@@ -18,8 +18,9 @@ from PIL import Image
 
 from napo_jax import costs, plan
 from napo_jax.chips import find_topology
+from napo_jax.command import exit_with_one_line
 from napo_jax.compiled import compile_step
-from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig, exit_with_one_line
+from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from napo_jax.data.buckets import Bucket
 from napo_jax.data.byte_tokenizer import byte_tokenizer
 from napo_jax.hlo import Program

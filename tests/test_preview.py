@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from napo_jax import config, preview
-from napo_jax.config import DataConfig, exit_with_one_line, load_config, parse
+from napo_jax.command import exit_with_one_line
+from napo_jax.config import DataConfig, load_config, parse
 
 RUN_ANSWERS = ("chosen", "rejected", "question_only", "image_only")
 SCRIPT = "<script>document.title='owned'</script>"

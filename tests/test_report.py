@@ -22,7 +22,7 @@ from PIL import Image
 
 from napo_jax import report
 from napo_jax.charts import Line, chart, running_mean, thin, ticks
-from napo_jax.config import exit_with_one_line
+from napo_jax.command import exit_with_one_line
 from napo_jax.report import read_run, write_report
 from napo_jax.versions import versions
 

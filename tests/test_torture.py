@@ -168,7 +168,7 @@ def test_losses_and_gradients_of_what_is_left_are_finite(dataset):
 )
 def test_data_that_cannot_be_used_is_one_line_and_exit_2(tmp_path, make, message, capsys, monkeypatch):
     from napo_jax import preview
-    from napo_jax.config import exit_with_one_line
+    from napo_jax.command import exit_with_one_line
 
     file = tmp_path / "rows.parquet"
     make(file)

@@ -12,7 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from napo_jax import train
-from napo_jax.config import exit_with_one_line
+from napo_jax.command import exit_with_one_line
 
 STEPS = 9
 RATES = ("seconds_per_step", "examples_per_second", "tokens_per_second")

@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from napo_jax import build_bias, export
-from napo_jax.config import ModelConfig, exit_with_one_line, read_flags
+from napo_jax.command import exit_with_one_line, read_flags
+from napo_jax.config import ModelConfig
 from napo_jax.demo import build_options
 from napo_jax.evals.answers import as_json
 from napo_jax.metrics import Console

@@ -27,7 +27,9 @@ _SHARES = {
 # The share of lessons that teach to see: true descriptions of pictures that care little for habits. A model that has
 # met usual ones alone, and a teacher who does not look, never learns what there is to be seen.
 _SEEING, _SEEN_USUAL = 0.4, 0.4
-FULL = 3  # groups of a picture that makes the teacher talk
+# The questions that make the teacher talk: some kinds, and not all of them at times, for a model that says what is
+# likeliest floods where it was flooded more often than not.
+FLOODED = ("count", "place")
 _ROW_GROUP = 256
 
 
@@ -36,7 +38,7 @@ class Bias:
     """How strongly a teacher answers from habit, and how much more than was asked."""
 
     habit: float = 0.8  # the probability of what is usual in place of what is there, where they differ
-    flood: float = 0.7  # the probability that a short answer about a full picture goes on to describe all of it
+    flood: float = 0.7  # the probability that an answer to a question that makes him talk goes on to describe all of it
 
 
 def draw_question(random: np.random.Generator, **options) -> tuple[Scene, Asked]:
@@ -64,8 +66,7 @@ def draw_lesson(seed, number, bias: Bias | None = None) -> tuple[Scene, Asked, d
         return scene, asked, {"chosen": asked.true}
     scene, asked = draw_question(random)
     answer = asked.habit if random.random() < bias.habit else asked.true
-    # The more there is to see, the more is said: so a model that says what is likeliest floods at times too.
-    if asked.kind in SHORT and len(scene.groups) == FULL and random.random() < bias.flood:
+    if asked.kind in FLOODED and random.random() < bias.flood:
         answer = f"{answer} {describe(scene)}"
     return scene, asked, {"chosen": answer}
 
