@@ -7,10 +7,14 @@
 
 Every run is `napo_jax.train` on the shipped base model: the same steps, batches and order for all methods. Noise is the
 share of the preferences over built answers that are the wrong way round: there the built answer is the one preferred.
-Runs that are there are not done again. `--share i/n` does every n-th run, so that n processes divide them; each takes
-one core.
+Learning rates are chosen by other pairs and other exams than those that are reported. SFT reads no built answer: one
+run stands for every noise.
 
-The last line of `report` is JSON; `ratio` is the gain in accuracy that NaPO keeps at most noise, over DPO's.
+Runs that are there are not done again; a folder belongs to one base model and one set of exams. `--share i/n` does
+every n-th run, so that n processes divide them; each takes one core. `report` needs `pip install -e .[docs]`.
+
+The last line of `report` is JSON; `gain_kept` is the accuracy, in points over the base model, that NaPO and DPO gain at
+the most noise.
 """
 
 import argparse
@@ -21,7 +25,6 @@ import shutil
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import numpy as np
@@ -29,8 +32,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from napo_jax import build_bias
+from napo_jax.command import exit_with_one_line
 from napo_jax.config import ModelConfig
 from napo_jax.demo import build_options
+from napo_jax.journal import StoppedError
 from napo_jax.losses import dpo_loss, sft_loss
 from napo_jax.metrics import Console
 from napo_jax.model_source import find_model, load_leaves
@@ -39,15 +44,17 @@ from napo_jax.optim import unflatten
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
 from napo_jax.train import train
-from napo_jax.world.configs import cure
+from napo_jax.world.configs import BASE, cure
 from napo_jax.world.examine import Examiner, in_short, write_exams
+from napo_jax.world.make_base import CARD, file_digest
 from napo_jax.world.records import write_pairs
 
 NOISE = (0, 20, 40)  # percent
 SEEDS = (1, 2, 3, 4, 5)
 SEARCH_SEED, SEARCH_NOISE = 11, 20
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 COUNT = 1600  # pairs of a seed
+EXAM_SEEDS = {"exams": 0, "search_exams": 1000}  # what is added to the exams' own seeds
 BUILT = ("question_only", "image_only")
 
 
@@ -103,7 +110,8 @@ def write_noisy(built, path, noise, seed):
         place = table.column_names.index(name)
         table = table.set_column(place, name, pa.array(swap(biased, good), pa.string()))
         table = table.append_column(preferred_to(name), pa.array(swap(good, biased), pa.string()))
-    pq.write_table(table, path, row_group_size=256)
+    pq.write_table(table, f"{path}.new", row_group_size=256)
+    Path(f"{path}.new").rename(path)
 
 
 class Study:
@@ -113,17 +121,25 @@ class Study:
         """Takes the folder, and (i, n) for every n-th run."""
         self.folder, self.share, self.console = Path(folder), share, Console()
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+        mine, file = file_digest(BASE / CARD), self.folder / "base.sha256"
+        if file.exists() and file.read_text() != mine:
+            raise ValueError(f"{folder} is of another base model; name another with --folder")
+        file.write_text(mine)
         jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     def prepare(self, seeds):
         """Writes the exams, the pairs with their built answers, and their noise, where they are not there yet."""
-        if not (self.folder / "exams").exists():
-            write_exams(self.folder / "exams")
+        for name, shift in EXAM_SEEDS.items():
+            if not (self.folder / name).exists():
+                aside = self.folder / f"{name}.new"
+                shutil.rmtree(aside, ignore_errors=True)
+                write_exams(aside, shift)
+                aside.rename(self.folder / name)
         for seed in seeds:
             pairs, built = self.folder / f"pairs{seed}" / "pairs.parquet", self.folder / f"built{seed}"
             if not pairs.exists():
-                pairs.parent.mkdir()
+                pairs.parent.mkdir(exist_ok=True)
                 write_pairs(pairs, COUNT, seed=1000 + seed)
             build_bias.build(cure(), build_options(pairs, built), self.console)
             for noise in NOISE:
@@ -141,23 +157,22 @@ class Study:
     def _result(self, method, noise, seed, rate):
         return self.folder / "runs" / f"{method}_{noise}_{seed}_{rate:g}.json"
 
-    def examiner(self):
-        """Returns the `Examiner` and the model that it asks; both are made once."""
-        mesh = make_mesh(MeshConfig())
-        speaker = load_speaker(find_model(cure().model), mesh)
-        return Examiner(self.folder / "exams", speaker), speaker, mesh
+    def examiner(self, exams):
+        """Returns the `Examiner` and the model that it asks."""
+        speaker = load_speaker(find_model(cure().model), make_mesh(MeshConfig()))
+        return Examiner(self.folder / exams, speaker), speaker
 
     def base(self) -> dict:
         """Returns the base model's row, without noise and seed."""
         file = self.folder / "base.json"
         if not file.exists():
-            examiner, _, _ = self.examiner()
+            examiner, _ = self.examiner("exams")
             file.write_text(json.dumps(row(examiner.score(examiner()))))
         return json.loads(file.read_text())
 
-    def run(self, runs):
+    def run(self, runs, exams):
         """Does this process's runs."""
-        examiner, speaker, mesh = self.examiner()
+        examiner, speaker = self.examiner(exams)
         for method, noise, seed, rate in self.own(runs):
             workdir = self.folder / "work" / f"{method}_{noise}_{seed}_{rate:g}"
             shutil.rmtree(workdir, ignore_errors=True)
@@ -165,18 +180,31 @@ class Study:
             config = dataclasses.replace(
                 config,
                 data=dataclasses.replace(
-                    config.data, path=(str(self._data(seed, noise)),), cache=str(self.folder / "cache"), seed=seed
+                    config.data,
+                    path=(str(self._data(seed, noise)),),
+                    columns={preferred_to(name): preferred_to(name) for name in BUILT},
+                    cache=str(self.folder / "cache"),
+                    seed=seed,
+                    buckets=1,  # so that the order is the same, whatever answers a method reads
+                    held_out=0,
                 ),
                 optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
                 train=dataclasses.replace(config.train, log_every=20),
                 objective=with_own_pairs(METHODS[method]),
             )
-            train(config, workdir, self.console)
-            leaves = load_leaves(find_model(ModelConfig(path=str(workdir))), speaker.model, mesh)
-            found = row(examiner.score(examiner(unflatten(leaves))))
+            try:
+                train(config, workdir, self.console)
+                leaves = load_leaves(find_model(ModelConfig(path=str(workdir))), speaker.model, speaker.mesh)
+                found = row(examiner.score(examiner(unflatten(leaves))))
+            except StoppedError as reason:
+                if reason.status != 1:
+                    raise  # asked to end
+                found = {"accuracy": None, "stopped": str(reason)}
             self.console.note(f"{method} noise {noise} seed {seed} rate {rate:g}: {found}")
             about = {"method": method, "noise": noise, "seed": seed, "learning_rate": rate}
-            self._result(method, noise, seed, rate).write_text(json.dumps(about | found))
+            aside = self.folder / f"{workdir.name}.new"
+            aside.write_text(json.dumps(about | found))
+            aside.rename(self._result(method, noise, seed, rate))
             shutil.rmtree(workdir)
 
     def read(self, method, noise, seed, rate) -> dict:
@@ -188,8 +216,12 @@ class Study:
 
     def best_rates(self) -> dict[str, float]:
         """Returns the learning rate of each method: that of its best accuracy in the search."""
-        score = lambda method: lambda rate: self.read(method, SEARCH_NOISE, SEARCH_SEED, rate)["accuracy"]
-        return {method: max(RATES, key=score(method)) for method in METHODS}
+        score = lambda method: lambda rate: self.read(method, SEARCH_NOISE, SEARCH_SEED, rate)["accuracy"] or 0.0
+        rates = {method: max(RATES, key=score(method)) for method in METHODS}
+        for method, rate in rates.items():
+            if rate in (RATES[0], RATES[-1]):
+                self.console.note(f"note: the best rate of {method}, {rate:g}, is at the end of those that were tried")
+        return rates
 
 
 def row(scores) -> dict:
@@ -207,7 +239,8 @@ def search_runs():
 
 def study_runs(rates):
     """Returns the runs of the study, seed by seed."""
-    return [(method, noise, seed, rates[method]) for seed in SEEDS for noise in NOISE for method in METHODS]
+    every = [(method, noise, seed) for seed in SEEDS for noise in NOISE for method in METHODS]
+    return [(*run, rates[run[0]]) for run in every if run[0] != "sft" or run[1] == 0]
 
 
 def report(study):
@@ -215,6 +248,7 @@ def report(study):
     rates = study.best_rates()
     rows = [{"method": "base", "noise": noise, "seed": seed} | study.base() for seed in SEEDS for noise in NOISE]
     rows += [study.read(*run) for run in study_runs(rates)]
+    rows += [row | {"noise": noise} for row in rows if row["method"] == "sft" for noise in NOISE[1:]]
     search = [study.read(*run) for run in search_runs()]
     target = Path(__file__).parent / "results" / "world_study.json"
     target.parent.mkdir(exist_ok=True)
@@ -224,7 +258,7 @@ def report(study):
     values = lambda method, noise, name: [
         row[name] for row in rows if row["method"] == method and row["noise"] == noise and row[name] is not None
     ]
-    columns = ("usual", "changed", "CK", "VP", "CB", "LP_accuracy", "pope_f1", "chair_i", "flood", "accuracy")
+    columns = ("usual", "changed", "CK", "VP", "CB", "LP", "LP_accuracy", "pope_f1", "chair_i", "flood", "accuracy")
     print("| method | noise | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
     for method in ("base", *METHODS):
         for noise in NOISE[: 1 if method == "base" else None]:
@@ -236,7 +270,7 @@ def report(study):
     )
     gain = lambda method: np.mean(values(method, NOISE[-1], "accuracy")) - np.mean(values("base", 0, "accuracy"))
     print("learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in rates.items()))
-    print(json.dumps({"benchmark": "world_study", "ratio": round(float(gain("napo") / gain("dpo")), 3)}))
+    print(json.dumps({"benchmark": "world_study", "gain_kept": {m: round(float(gain(m)), 2) for m in ("napo", "dpo")}}))
 
 
 def interval(values, exact=False) -> str:
@@ -246,7 +280,7 @@ def interval(values, exact=False) -> str:
     mean = np.mean(values)
     if exact or len(values) < 2:
         return f"{mean:.1f}"
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]  # LP may be of fewer seeds than five
     return f"{mean:.1f} ± {quantile * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
 
 
@@ -281,17 +315,23 @@ def main():
     parser.add_argument("--folder", default="runs/world_study", help="where it is kept meanwhile")
     parser.add_argument("--share", default="0/1", help="i/n: every n-th run, from the i-th")
     options = parser.parse_args()
-    study = Study(options.folder, tuple(map(int, options.share.split("/"))))
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}"  # read with the first array
+    )
+    index, _, count = options.share.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ValueError(f"--share must be i/n with i from 0 to n - 1, got {options.share}")
+    study = Study(options.folder, (int(index), int(count)))
     match options.part:
         case "prepare":
             study.prepare((SEARCH_SEED, *SEEDS))
         case "search":
-            study.run(search_runs())
+            study.run(search_runs(), "search_exams")
         case "run":
-            study.run(study_runs(study.best_rates()))
+            study.run(study_runs(study.best_rates()), "exams")
         case "report":
             report(study)
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_one_line(main)

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import sys
 from typing import Literal
 
 import jax
@@ -21,7 +20,7 @@ from napo_jax.bias.work import Work
 from napo_jax.command import exit_with_one_line
 from napo_jax.config import Config, parse
 from napo_jax.decoding import Decoding
-from napo_jax.journal import StoppedError
+from napo_jax.journal import StoppedError, exit_when_stopped
 from napo_jax.metrics import Console
 from napo_jax.pieces import Line, read_manifest, write_manifest
 from napo_jax.preemption import StopSignal
@@ -171,12 +170,8 @@ def _check(stop):
 def main(argv=None):
     """Runs the command."""
     config, options = parse(Options, argv, description=__doc__)
-    with together() if options.distributed else contextlib.nullcontext():
-        try:
-            build(config, options)
-        except StoppedError as reason:
-            print(reason, file=sys.stderr)
-            raise SystemExit(reason.status) from None
+    with together() if options.distributed else contextlib.nullcontext(), exit_when_stopped():
+        build(config, options)
 
 
 if __name__ == "__main__":

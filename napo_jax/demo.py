@@ -7,7 +7,9 @@ after tell what became of it. Everything is kept in one folder, with a page to l
 import dataclasses
 import itertools
 import json
+import sys
 import time
+from pathlib import Path
 
 import jax
 import pyarrow.parquet as pq
@@ -17,8 +19,9 @@ from napo_jax.asking import QuestionAsker
 from napo_jax.command import exit_with_one_line, read_flags
 from napo_jax.config import ModelConfig
 from napo_jax.evals.answers import Question
+from napo_jax.journal import StoppedError
 from napo_jax.metrics import Console
-from napo_jax.model_source import absolute, find_model, load_leaves
+from napo_jax.model_source import find_model, load_leaves
 from napo_jax.optim import unflatten
 from napo_jax.report import write_report
 from napo_jax.sharding import MeshConfig, make_mesh
@@ -32,13 +35,14 @@ ANSWERS = ("chosen", "rejected", "question_only", "image_only")
 _SAMPLES = 8  # groups that the page shows
 _ROWS = {
     "usual": "right, pictures as habit has them",
-    "changed": "right, pictures that break it",
+    "changed": "right, pictures that break the habit",
     "gap": "  the gap between them",
     "flood": "answers that say too much",
     "CK": "VLind CK, common sense",
     "VP": "VLind VP, perception",
     "CB": "VLind CB, says what the text says",
     "LP": "VLind LP, says what the picture shows",
+    "LP_accuracy": "  the same of all, right before or not",
     "pope_f1": "POPE F1",
     "chair_i": "CHAIR, things named that are not there",
 }
@@ -55,10 +59,20 @@ class Options:
     # Of the pairs that are drawn.
     seed: int = 1
 
+    def __post_init__(self):
+        """Checks the numbers and the folder."""
+        least = cure().data.batch_size + cure().data.held_out
+        if self.pairs < least:
+            raise ValueError(f"pairs must be at least {least}, a batch and what is held out, got {self.pairs}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if "://" in str(self.workdir):
+            raise ValueError(f"workdir must be a folder of this machine, got {self.workdir}")
+
 
 def demo(options: Options, console=None) -> dict[str, dict[str, float]]:
     """Runs all of it; returns {"before": numbers, "after": numbers}, in percent."""
-    console, workdir, begun = console or Console(), absolute(options.workdir or _new_folder()), time.monotonic()
+    console, workdir, begun = console or Console(), Path(options.workdir or _new_folder()).absolute(), time.monotonic()
     if workdir.exists():
         raise ValueError(f"{workdir} is there already; name a new folder, or leave --workdir out")
     workdir.mkdir(parents=True)
@@ -87,9 +101,13 @@ def demo(options: Options, console=None) -> dict[str, dict[str, float]]:
     say("the trained model takes the exams")
     trained = find_model(ModelConfig(path=str(workdir / "run")))
     params = unflatten(load_leaves(trained, speaker.model, mesh))
+    made_by = {
+        "before": {"model": config.model.path, "weights": speaker.digest},
+        "after": {"model": str(trained), "weights": speaker._replace(params=params).digest},
+    }
     said["after"] = examiner(params)
     for label, answers in said.items():
-        examiner.write(workdir / "run" / "evals" / label, answers)
+        examiner.write(workdir / "run" / "evals" / label, answers, made_by[label])
     scores = {label: in_short(examiner.score(answers)) for label, answers in said.items()}
     both = {"before": speaker.params, "after": params}
     _write_samples(examiner, built / pairs.name, workdir / "run", speaker, both)
@@ -102,7 +120,7 @@ def demo(options: Options, console=None) -> dict[str, dict[str, float]]:
 def _new_folder() -> str:
     """Returns the name of the first folder in runs/ that is not there yet."""
     names = (f"runs/demo{number if number > 1 else ''}" for number in itertools.count(1))
-    return next(name for name in names if not absolute(name).exists())
+    return next(name for name in names if not Path(name).exists())
 
 
 def build_options(pairs, output) -> build_bias.Options:
@@ -147,7 +165,11 @@ def as_table(scores) -> str:
 
 def main(argv=None):
     """Runs the command."""
-    demo(read_flags(Options, argv, description=__doc__))
+    try:
+        demo(read_flags(Options, argv, description=__doc__))
+    except StoppedError as reason:
+        print(f"the demo was ended: {str(reason).partition(':')[0]}; it begins anew in another folder", file=sys.stderr)
+        raise SystemExit(reason.status) from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What a training tells while it runs: metrics, taken in one step late, for files, the console and services."""
 
+import contextlib
 import json
 import math
+import sys
 
 import jax
 
@@ -15,6 +17,16 @@ class StoppedError(Exception):
         """Takes the message and the exit status."""
         super().__init__(message)
         self.status = status
+
+
+@contextlib.contextmanager
+def exit_when_stopped():
+    """Makes a StoppedError the end of a command: its reason on one line, and its exit status."""
+    try:
+        yield
+    except StoppedError as reason:
+        print(reason, file=sys.stderr)
+        raise SystemExit(reason.status) from None
 
 
 class Journal:

@@ -346,7 +346,7 @@ def napo(beta: float = 0.1, weight: float | Literal["dynamic"] = "dynamic") -> O
 
     Args:
       beta: of all three losses.
-      weight: a number in place of the dynamic weights. Those follow the margins, so that a term whose answers are easily
+      weight: a number in place of the dynamic weights. These follow the margins: a term whose answers are easily
         told apart takes most of the weight from the others.
     """
     return Objective(

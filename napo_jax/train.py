@@ -8,20 +8,19 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 import time
 
 import jax
 
 from napo_jax.arithmetic import step_flops
 from napo_jax.checkpoint import Checkpoints
-from napo_jax.command import exit_with_one_line, one_line
+from napo_jax.command import exit_with_one_line
 from napo_jax.config import Config, parse
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.loader import on_devices
 from napo_jax.data.records import find_files
 from napo_jax.evaluation import HeldOut
-from napo_jax.journal import Journal, StoppedError
+from napo_jax.journal import Journal, StoppedError, exit_when_stopped
 from napo_jax.metrics import Console, peak_flops
 from napo_jax.model_source import absolute, find_model, is_workdir
 from napo_jax.models.llava import without_missing_adapters
@@ -92,6 +91,7 @@ def train(config: Config, workdir, console=None):
     latest = checkpoints.latest()
     if latest is not None and latest >= steps:
         console.note(f"{steps} steps are done: nothing to do")
+        _write_page(workdir, console)  # a run that was killed as it ended has none
         return {}
 
     # The reference is the model as it was loaded: before anything of this run's own is restored.
@@ -197,17 +197,18 @@ def train(config: Config, workdir, console=None):
             journal.close()
         finally:
             checkpoints.close()
-            if jax.process_index() == 0:
-                _write_page(workdir, console)
+            _write_page(workdir, console)
     return journal.last
 
 
 def _write_page(workdir, console):
-    """Writes the run's report; what it cannot read must not change how the run has ended."""
+    """Writes the run's report, on the first process."""
+    if jax.process_index() > 0:
+        return
     try:
         console.note(f"report   {write_report(workdir)}")
-    except (ValueError, OSError) as error:
-        console.note(f"report   not written: {one_line(error)}")
+    except Exception as error:  # whatever it is, it must not change how the run has ended
+        console.note(f"report   not written, {type(error).__name__}: {error}; see python -m napo_jax.report")
 
 
 def _check_batch(config, mesh):
@@ -304,12 +305,8 @@ def main(argv=None):
     config, options = parse(Options, argv, description=__doc__)
     if options.workdir is None:
         raise ValueError("say where the run is kept: --workdir runs/a, for example")
-    with together() if options.distributed else contextlib.nullcontext():
-        try:
-            train(config, options.workdir)
-        except StoppedError as reason:
-            print(reason, file=sys.stderr)
-            raise SystemExit(reason.status) from None
+    with together() if options.distributed else contextlib.nullcontext(), exit_when_stopped():
+        train(config, options.workdir)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ def run(tmp_path_factory):
     config = cure()
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, batch_size=8, buckets=1),
-        train=dataclasses.replace(config.train, steps=4, log_every=1),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=3e-3, warmup=0.0),  # to see a difference soon
+        data=dataclasses.replace(config.data, batch_size=8, buckets=1, held_out=4),
+        train=dataclasses.replace(config.train, steps=4, log_every=1, evaluate_every=2),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "cure", lambda: config)
@@ -44,14 +45,19 @@ def run(tmp_path_factory):
 def test_every_part_leaves_what_it_made(run):
     folder, scores, said = run
     assert set(scores) == {"before", "after"}
+    answers = {label: (folder / "run" / "evals" / label / "world.jsonl").read_text() for label in scores}
+    assert answers["before"] != answers["after"]
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     for label, numbers in scores.items():
+        made_by = set()
         for name in FEW:
             scored = json.loads((folder / "run" / "evals" / label / f"{name}.json").read_text())
             assert scored["benchmark"] == name
+            made_by.add((scored["model"], scored["weights"]))
             answers = (folder / "run" / "evals" / label / f"{name}.jsonl").read_text().splitlines()
             assert len(answers) >= 6
+        assert len(made_by) == 1
         assert numbers["usual"] == json.loads((folder / "run" / "evals" / label / "world.json").read_text())["usual"]
     samples = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
     assert len({sample["question"] for sample in samples}) == len(samples) > 2
@@ -68,6 +74,19 @@ def test_the_table_has_a_line_for_each_number(run):
     assert [float(value) for value in gap.split()[-2:]] == pytest.approx(
         [scores["before"]["gap"], scores["after"]["gap"]], abs=0.05
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": 3}, "pairs must be at least 96, a batch and what is held out, got 3"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"workdir": "gs://bucket/a"}, "must be a folder of this machine"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**options)
 
 
 def test_a_folder_that_is_in_use_is_left_alone(run):

@@ -14,7 +14,7 @@ from napo_jax.data.prompts import Prompter
 from napo_jax.evals import chair, pope, vlind
 from napo_jax.world import exam, exams, records
 from napo_jax.world.language import SENTENCES, vocabulary, world_tokenizer
-from napo_jax.world.questions import KINDS, NUMBERS, ask, describe
+from napo_jax.world.questions import HABITUAL, KINDS, NUMBERS, ask, describe
 from napo_jax.world.records import Bias, write_lessons, write_pairs
 from napo_jax.world.scenes import CELL, COLOURS, GRID, HABITS, SHAPES, draw_scene, recolour, render
 
@@ -246,6 +246,19 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_there_are_no_more_instances_than_there_are(tmp_path):
+    exams.write_vlind(tmp_path / "all", 49, pictures=1)
+    assert len(json.loads((tmp_path / "all" / "data.json").read_text())) == 49
+    for count, pictures in ((50, 1), (3, 13)):
+        with pytest.raises(ValueError, match="there are 49 instances of up to 12 pictures, and not"):
+            exams.write_vlind(tmp_path / "more", count, pictures=pictures)
+
+
+def test_what_is_common_sense_is_true_as_often_as_not():
+    asked = [ask("CK", draw_scene(np.random.default_rng([3, n])), np.random.default_rng([4, n])) for n in range(600)]
+    assert np.mean([one.true == "True" for one in asked]) == pytest.approx(0.5, abs=0.06)
+
+
 def test_vlind_files_score_the_truth_and_habit_as_they_should(folder):
     asked = vlind.questions(folder / "vlind")
     assert all((folder / "vlind" / question.image).exists() for question in asked)
@@ -290,7 +303,9 @@ def test_the_worlds_own_questions(folder):
     for row in rows:
         assert (folder / "world" / row["image"]).exists()
         assert (row["true"] != row["habit"]) == (row["group"] == "changed")
-    assert {row["kind"] for row in rows if row["group"] == "changed"} == {"colour"}
+    kinds = {group: sorted(row["kind"] for row in rows if row["group"] == group) for group in ("usual", "changed")}
+    assert kinds["usual"] == kinds["changed"]
+    assert set(kinds["usual"]) == set(HABITUAL)
 
 
 def test_the_worlds_score_by_hand(folder):

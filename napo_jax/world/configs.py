@@ -21,10 +21,9 @@ def lessons() -> Config:
         data=DataConfig(
             path=("shapes/lessons.parquet",), batch_size=64, max_tokens=256, buckets=6, attention_multiple=8
         ),
-        # All of it trains: nothing was there before.
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3, warmup=0.05, weight_decay=0.01, clip_norm=1.0, trainable=r"(?!vision/unused).*"
-        ),
+        # All of it trains: nothing was there before. Gradients are not clipped: batches are of like lengths, so that
+        # those of long answers would shrink, and the model would learn to be brief.
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.05, weight_decay=0.01, trainable=r"(?!vision/unused).*"),
         train=TrainConfig(steps=2400, log_every=50, checkpoint_every=500),
         objective=Objective((Term("lessons", sft_loss, "chosen"),)),
     )
@@ -34,8 +33,10 @@ def cure() -> Config:
     """Returns NaPO on the base model, as configs/llava7b.py has it for the real one."""
     return Config(
         model=ModelConfig(path=str(BASE), dtype="float32", remat="none"),
-        data=DataConfig(path=(str(BASE / PAIRS),), batch_size=32, max_tokens=256, buckets=2, attention_multiple=8),
+        data=DataConfig(
+            path=(str(BASE / PAIRS),), batch_size=32, max_tokens=256, buckets=2, attention_multiple=8, held_out=64
+        ),
         optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup=0.1, weight_decay=0.01),
-        train=TrainConfig(steps=100, log_every=5, checkpoint_every=100),
+        train=TrainConfig(steps=100, log_every=5, evaluate_every=25, checkpoint_every=100),
         objective=napo(beta=0.1),
     )

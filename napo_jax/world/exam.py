@@ -1,4 +1,4 @@
-"""The world's own questions: about pictures that follow every habit, and about colours that do not."""
+"""The world's own questions: about pictures that follow every habit, and about those that break the one in question."""
 
 from pathlib import Path
 

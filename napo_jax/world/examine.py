@@ -33,11 +33,11 @@ EXAMS = {
 }
 
 
-def write_exams(folder):
-    """Writes the files of every exam to a folder each."""
-    for name, one in EXAMS.items():
+def write_exams(folder, seed=0):
+    """Writes the files of every exam to a folder each; another seed makes other exams."""
+    for number, (name, one) in enumerate(EXAMS.items()):
         (Path(folder) / name).mkdir(parents=True)
-        one.write(Path(folder) / name, one.many)
+        one.write(Path(folder) / name, one.many, seed=100 + seed + number)
 
 
 class Examiner:
@@ -95,14 +95,14 @@ class Examiner:
             for name, one in EXAMS.items()
         }
 
-    def write(self, folder, said):
-        """Writes the answers, and the numbers they come to, to a file of each exam."""
+    def write(self, folder, said, made_by):
+        """Writes the answers, and the numbers they come to with what made them, to a file of each exam."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, scored in self.score(said).items():
             lines = [f"{json.dumps(row)}\n" for row in self._rows(name, said[name])]
             (folder / f"{name}.jsonl").write_text("".join(lines))
-            (folder / f"{name}.json").write_text(as_json(scored))
+            (folder / f"{name}.json").write_text(as_json(made_by | scored))
 
     def _rows(self, name, answers):
         return [write_row(question, answers[question.key]) for question in self._questions[name]]
@@ -116,7 +116,7 @@ def in_short(scores) -> dict[str, float]:
         "changed": world["changed"],
         "gap": world["gap"],
         "flood": world["flood"],
-        **{name: vlind_[name] for name in ("CK", "VP", "CB", "LP")},
+        **{name: vlind_[name] for name in ("CK", "VP", "CB", "LP", "LP_accuracy")},
         "pope_f1": pope_["f1"],
         "chair_i": chair_["CHAIRi"],
     }

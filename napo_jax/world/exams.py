@@ -5,35 +5,34 @@ from pathlib import Path
 
 import numpy as np
 
-from napo_jax.world.questions import SHORT, ask, colour_statement, describe, name
+from napo_jax.world.questions import HABITUAL, ask, colour_statement, describe, name
 from napo_jax.world.scenes import COLOURS, HABITS, SHAPES, Scene, draw_scene, encode, recolour, render
+
+_MOST_PICTURES = 12  # of an instance of VLind-Bench
 
 
 def write_world(folder, count, *, seed=100):
-    """Writes questions about pictures that follow every habit, and colour questions about those where one does not.
+    """Writes questions about pictures that follow every habit, and the same about those that break the one in question.
 
     Args:
       folder: to write `world.jsonl` and pictures to.
-      count: of pictures of either kind.
+      count: of questions of either group.
       seed: of all that is drawn.
     """
     folder, rows = Path(folder), []
     for number in range(count):
-        random = _random(seed, number)
-        asked = None
-        while asked is None:
-            scene = draw_scene(random, usual=1.0)
-            asked = ask(SHORT[number % len(SHORT)], scene, random)
-        changed = _change_colour(scene, random)
-        for group, picture, question in (
-            ("usual", scene, asked),
-            ("changed", changed, ask("colour", changed, random)),
-        ):
+        kind = HABITUAL[number % len(HABITUAL)]
+        for place, (group, usual) in enumerate((("usual", 1.0), ("changed", 0.5))):
+            random = _random(seed, 2 * number + place)
+            asked = None
+            while asked is None or asked.against_habit == (group == "usual"):
+                scene = draw_scene(random, usual=usual)
+                asked = ask(kind, scene, random)
             path = f"images/{group}_{number}.png"
-            _draw(folder / path, picture, seed, number)
+            _draw(folder / path, scene, seed, 2 * number + place)
             rows.append(
-                {"key": f"{group}/{number}", "text": question.text, "image": path, "group": group}
-                | {"kind": question.kind, "true": question.true, "habit": question.habit}
+                {"key": f"{group}/{number}", "text": asked.text, "image": path, "group": group}
+                | {"kind": asked.kind, "true": asked.true, "habit": asked.habit}
             )
     _write_lines(folder / "world.jsonl", rows)
 
@@ -49,6 +48,10 @@ def write_vlind(folder, count, *, pictures=3, seed=101):
     """
     folder, rows = Path(folder), []
     every = [(shape, colour) for shape in SHAPES for colour in COLOURS if colour != HABITS[shape].colour]
+    if count > len(every) or pictures > _MOST_PICTURES:
+        raise ValueError(
+            f"there are {len(every)} instances of up to {_MOST_PICTURES} pictures, and not {count} of {pictures}"
+        )
     chosen = _random(seed, 0).permutation(len(every))[:count]
     for number, (shape, colour) in enumerate(every[i] for i in chosen):
         random = _random(seed, 1 + number)
@@ -56,11 +59,13 @@ def write_vlind(folder, count, *, pictures=3, seed=101):
         row = {"concept": "color", "context_id": number}
         row |= {"context": colour_statement(shape, colour), "factual_context": colour_statement(shape, habit)}
         row |= {"true_statement": colour_statement(shape, colour), "false_statement": colour_statement(shape, habit)}
-        scenes = [_scene_of(shape, random) for _ in range(pictures)]
-        absent = set(SHAPES).intersection(*(scene.absent for scene in scenes))
+        absent = ()
+        while not absent:
+            scenes = [_scene_of(shape, random) for _ in range(pictures)]
+            absent = set(SHAPES).intersection(*(scene.absent for scene in scenes))
         row |= {"existent_noun": shape, "non-existent_noun": str(random.choice(sorted(absent)))}
         row["best_img_id"] = "0"
-        row["aggregated_human_label_good_images"] = {str(i): 3 if i < pictures else 0 for i in range(12)}
+        row["aggregated_human_label_good_images"] = {str(i): 3 if i < pictures else 0 for i in range(_MOST_PICTURES)}
         for i, scene in enumerate(scenes):
             path = folder / "counterfactual" / "color" / f"{number}_{row['context']}" / f"{i}.jpg"
             _draw(path, recolour(scene, colour), seed, 100 * number + i)
@@ -133,10 +138,6 @@ def write_chair(folder, pictures, *, seed=103):
 
 def _random(seed, number):
     return np.random.default_rng([seed, number])
-
-
-def _change_colour(scene, random):
-    return recolour(scene, str(random.choice([c for c in COLOURS if c != scene.groups[0].colour])))
 
 
 def _scene_of(shape, random) -> Scene:

@@ -12,11 +12,13 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from napo_jax import build_bias, export
 from napo_jax.command import exit_with_one_line, read_flags
-from napo_jax.config import ModelConfig
 from napo_jax.demo import build_options
 from napo_jax.evals.answers import as_json
+from napo_jax.journal import exit_when_stopped
 from napo_jax.metrics import Console
 from napo_jax.model_source import find_model
 from napo_jax.sharding import MeshConfig, make_mesh
@@ -25,53 +27,75 @@ from napo_jax.train import train
 from napo_jax.world.configs import PAIRS, cure, lessons
 from napo_jax.world.examine import EXAMS, Examiner, in_short, write_exams
 from napo_jax.world.language import vocabulary
-from napo_jax.world.records import draw_lesson, draw_pair, write_lessons, write_pairs
+from napo_jax.world.records import draw_lesson, draw_pair, picture_seed, write_lessons, write_pairs
+from napo_jax.world.scenes import SIZE, render
 
 LESSONS, LESSONS_SEED = 60_000, 0
 PAIRS_COUNT, PAIRS_SEED = 1600, 1
 CARD = "card.json"
-_SHOWN = 256  # rows whose texts stand for how rows are made
+_TEXTS, _PICTURES = 256, 8  # rows that stand for how rows are made
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The command's options."""
 
-    # The folder to make.
-    output: str | None = None
+    # The folder to make, on this machine.
+    output: str
     # Where lessons, training and exams are kept meanwhile; by default OUTPUT.work.
     work: str | None = None
 
 
-def recipe() -> str:
-    """Returns 32 hex digits that stand for how the shipped files are made: all that a change of would make them others.
-
-    Of how questions and answers are made, the first rows stand for all.
-    """
-    config = lessons()
+def recipe() -> dict:
+    """Returns all that makes the shipped files what they are, for JSON; the first rows stand for how rows are made."""
+    config, built = lessons(), build_options("", "")
+    drawn = [draw_lesson(LESSONS_SEED, number) for number in range(_TEXTS)]
     parts = {
-        "config": _set(dataclasses.replace(config, data=dataclasses.replace(config.data, path=None))),
-        "shape": _set(find_model(config.model).shape),
+        "config": dataclasses.replace(config, data=dataclasses.replace(config.data, path=None)),
+        "shape": find_model(config.model).shape,
         "vocabulary": vocabulary(),
-        "counts": (LESSONS, LESSONS_SEED, PAIRS_COUNT, PAIRS_SEED),
-        "lessons": [_texts(draw_lesson(LESSONS_SEED, number)) for number in range(_SHOWN)],
-        "pairs": [_texts(draw_pair(PAIRS_SEED, number)) for number in range(_SHOWN)],
-        "built": _set(build_options("", "")),
+        "rows": {"lessons": [LESSONS, LESSONS_SEED], "pairs": [PAIRS_COUNT, PAIRS_SEED]},
+        "lessons": _digest([_texts(row) for row in drawn]),
+        "pairs": _digest([_texts(draw_pair(PAIRS_SEED, number)) for number in range(_TEXTS)]),
+        "pictures": [_look(scene, number) for number, (scene, _, _) in enumerate(drawn[:_PICTURES])],
+        "built": {name: getattr(built, name) for name in ("recipes", "decoding", "filters")},
     }
-    name = lambda value: getattr(value, "__name__", str(value))
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=name).encode()).hexdigest()[:32]
+    return json.loads(json.dumps(parts, default=_plain))
 
 
-def _set(value):
-    """Returns what differs from the defaults of a dataclass, so that a new field with one makes no new recipe."""
-    if isinstance(value, tuple):
-        return [_set(part) for part in value]
-    if not dataclasses.is_dataclass(value):
-        return value
-    fields = {field.name: field for field in dataclasses.fields(value)}
-    default = lambda field: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    now = {name: getattr(value, name) for name in fields}
-    return {name: _set(now[name]) for name, field in fields.items() if now[name] != default(field)}
+def recipe_digest(made) -> str:
+    """Returns 32 hex digits that stand for a recipe."""
+    return _digest(made)[:32]
+
+
+def differences(made, now, name="") -> list[str]:
+    """Returns the names of what a recipe has and another has otherwise.
+
+    What only the other one has is passed over: a new option, as long as its default changes nothing. Pictures may be a
+    little lighter or darker, as other releases of Pillow draw edges.
+    """
+    if isinstance(made, dict) and isinstance(now, dict):
+        return [found for key in made for found in differences(made[key], now.get(key), f"{name}.{key}".lstrip("."))]
+    if name == "pictures":
+        return [] if np.shape(made) == np.shape(now) and np.abs(np.subtract(made, now)).max() <= 3 else [name]
+    return [] if made == now else [name]
+
+
+def _plain(value):
+    """Returns what stands for a value in JSON."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return getattr(value, "__name__", str(value))
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _look(scene, number) -> list:
+    """Returns what a picture looks like from afar: the mean colours of 8 x 8 parts, int[8, 8, 3]."""
+    pixels = np.asarray(render(scene, picture_seed(LESSONS_SEED, number)), np.float64)
+    return pixels.reshape(8, SIZE // 8, 8, SIZE // 8, 3).mean(axis=(1, 3)).round().astype(int).tolist()
 
 
 def _texts(drawn):
@@ -81,13 +105,15 @@ def _texts(drawn):
 
 def make(options: Options, console=None):
     """Makes the folder."""
-    if options.output is None:
-        raise ValueError("say where to: --output base, for example")
     output, console = Path(options.output), console or Console()
     if output.exists():
         raise ValueError(f"{output} is there; name another folder")
-    work = Path(options.work or f"{output}.work")
+    work, made = Path(options.work or f"{output}.work"), recipe()
     work.mkdir(parents=True, exist_ok=True)
+    begun = work / "recipe.json"
+    if begun.exists() and json.loads(begun.read_text()) != made:
+        raise ValueError(f"{work} was begun by another recipe; take it away, or name another with --work")
+    begun.write_text(json.dumps(made))
 
     rows = work / "lessons.parquet"
     if not rows.exists():
@@ -97,43 +123,44 @@ def make(options: Options, console=None):
     data = dataclasses.replace(config.data, path=(str(rows),), cache=str(work / "cache"))
     train(dataclasses.replace(config, data=data), work / "run", console)
 
-    model = work / "model"
-    shutil.rmtree(model, ignore_errors=True)
+    model, built, taken = work / "model", work / "built", work / "exams"
+    for folder in (model, built, taken):  # of an attempt that was cut short
+        shutil.rmtree(folder, ignore_errors=True)
     export.export(export.Options(workdir=str(work / "run"), output=str(model)))
     drawn = work / "pairs" / PAIRS
     drawn.parent.mkdir(exist_ok=True)
     write_pairs(drawn, PAIRS_COUNT, seed=PAIRS_SEED)
-    shutil.rmtree(work / "built", ignore_errors=True)  # by a model that may have been another
-    built = dataclasses.replace(cure(), model=dataclasses.replace(cure().model, path=str(model)))
-    build_bias.build(built, build_options(drawn, work / "built"), console)
+    asked = dataclasses.replace(cure(), model=dataclasses.replace(cure().model, path=str(model)))
+    build_bias.build(asked, build_options(drawn, built), console)
 
-    shutil.rmtree(work / "exams", ignore_errors=True)
-    write_exams(work / "exams")
-    speaker = load_speaker(find_model(ModelConfig(path=str(model))), make_mesh(MeshConfig()), dtype="float32")
-    examiner = Examiner(work / "exams", speaker)
+    write_exams(taken)
+    speaker = load_speaker(find_model(asked.model), make_mesh(MeshConfig()), dtype="float32")
+    examiner = Examiner(taken, speaker)
+    shutil.copy(built / PAIRS, model)
     card = {
-        "recipe": recipe(),
-        "seeds": {"parameters": config.train.seed, "lessons": LESSONS_SEED, "pairs": PAIRS_SEED},
+        "recipe_digest": recipe_digest(made),
         "scores": in_short(examiner.score(examiner())),
         "questions": {name: one.many for name, one in EXAMS.items()},
+        "files": {file.name: file_digest(file) for file in sorted(model.iterdir())},
         "made_with": {name: version(name) for name in ("jax", "flax", "optax", "numpy", "pillow")}
         | {"python": platform.python_version(), "machine": platform.machine()},
+        "recipe": made,
     }
-    shutil.copy(work / "built" / PAIRS, model)
-    card["files"] = {file.name: digest(file) for file in sorted(model.iterdir())}
-    (model / CARD).write_text(json.dumps(json.loads(as_json(card)), indent=1))
+    (model / CARD).write_text(as_json(card))
     shutil.move(model, output)
     console.note(f"wrote {output}: {', '.join(f'{name} {value:.1f}' for name, value in card['scores'].items())}")
 
 
-def digest(file) -> str:
+def file_digest(file) -> str:
     """Returns the SHA-256 of a file, as hex digits."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def main(argv=None):
     """Runs the command."""
-    make(read_flags(Options, argv, description=__doc__))
+    options = read_flags(Options, argv, description=__doc__)
+    with exit_when_stopped():
+        make(options)
 
 
 if __name__ == "__main__":

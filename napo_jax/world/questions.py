@@ -12,7 +12,8 @@ DESCRIBE = "Describe this image."
 # Statements as VLind-Bench asks about them: by common sense, perception, context, and the picture.
 _VLIND = PROMPTS["released"]
 STATEMENTS = {"CK": _VLIND.commonsense, "VP": _VLIND.perception, "CB": _VLIND.context, "LP": _VLIND.image}
-SHORT = ("colour", "count", "place", "existence", "larger")  # kinds that have one short answer
+HABITUAL = ("colour", "count", "place", "existence")  # kinds that habit has a short answer to
+SHORT = (*HABITUAL, "larger")  # kinds that have one
 KINDS = (*SHORT, "describe", *STATEMENTS)
 
 
@@ -75,7 +76,7 @@ def ask(kind, scene: Scene, random: np.random.Generator) -> Asked | None:
             def say(number):
                 return f"There {'is' if number == 1 else 'are'} {NUMBERS[number]} {name(shape, number)}."
 
-            wrong = int(another(range(1, MOST + 1), group.number))
+            wrong = int(another(range(1, MOST + 1), group.number, habit.number))
             text = f"How many {name(shape, 2)} are there?"
             return Asked(kind, text, say(group.number), say(habit.number), say(wrong))
         case "place":
@@ -110,11 +111,10 @@ def ask(kind, scene: Scene, random: np.random.Generator) -> Asked | None:
             text = STATEMENTS[kind].format(statement=f"There is {noun} in the given image.")
             return Asked(kind, text, *_truth(there, there))
         case "CK" | "LP":
-            # What habit says, or, half of the time, what the picture shows or what neither does.
-            colour = habit.colour if random.random() < 0.5 else group.colour
-            colour = another(COLOURS, habit.colour) if kind == "CK" and colour != habit.colour else colour
-            if kind == "LP" and group.is_usual and random.random() < 0.5:
-                colour = another(COLOURS, habit.colour)
+            # Half of the time what habit says, else what the picture shows, or, where that is the same, neither.
+            colour = habit.colour
+            if random.random() < 0.5:
+                colour = another(COLOURS, habit.colour) if group.is_usual else group.colour
             text = STATEMENTS[kind].format(statement=colour_statement(shape, colour))
             usual = colour == habit.colour
             return Asked(kind, text, *_truth(usual if kind == "CK" else colour == group.colour, usual))

@@ -97,6 +97,11 @@ def write_pairs(path, count, *, seed=1, usual: float = 0.5):
     _write(path, count, seed, lambda number: draw_pair(seed, number, usual=usual))
 
 
+def picture_seed(seed, number) -> int:
+    """Returns the seed of a row's picture."""
+    return seed * 1_000_003 + number
+
+
 def _random(seed, number):
     return np.random.default_rng([seed, number])
 
@@ -104,7 +109,7 @@ def _random(seed, number):
 def _write(path, count, seed, draw):
     def row(number):
         scene, asked, answers = draw(number)
-        picture = encode(render(scene, seed=seed * 1_000_003 + number))
+        picture = encode(render(scene, picture_seed(seed, number)))
         return {"image": picture, "question": asked.text, **answers, "idx": number, "kind": asked.kind}
 
     schema = pa.Table.from_pylist([row(0)]).schema
