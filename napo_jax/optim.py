@@ -26,7 +26,8 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    # The largest norm of a step's gradient; None: any. The published training sets none.
+    # The largest norm of a step's gradient; None: any, as in the published training. A batch's groups are of like
+    # lengths: a loss that sums over tokens has larger gradients where answers are long, and clipping weakens those.
     clip_norm: float | None = None
     # Which leaves train: a regular expression on paths such as language/layers/mlp/up/kernel. None: the decoder and the
     # projector, or, with LoRA, the adapters alone.
