@@ -127,7 +127,11 @@ def build_options(pairs, output) -> build_bias.Options:
     """Returns how the biased answers to a file of pairs are built."""
     # The small model has met neither a question without a picture's places nor a picture without any words.
     masks = {"image_mask": "blank", "question_mask": "generic"}
-    return build_bias.Options(input=(str(pairs),), output=str(output), decoding=DECODING, slots=64, piece=256, **masks)
+    # What equals another answer of its row stays: it is habit here, and a row that lacks an answer is not trained on.
+    filters = ("empty", "cut", "repeats")
+    return build_bias.Options(
+        input=(str(pairs),), output=str(output), decoding=DECODING, filters=filters, slots=64, piece=256, **masks
+    )
 
 
 def _write_samples(examiner, file, run, speaker, params):

@@ -77,7 +77,8 @@ def differences(made, now, name="") -> list[str]:
     if isinstance(made, dict) and isinstance(now, dict):
         return [found for key in made for found in differences(made[key], now.get(key), f"{name}.{key}".lstrip("."))]
     if name == "pictures":
-        return [] if np.shape(made) == np.shape(now) and np.abs(np.subtract(made, now)).max() <= 3 else [name]
+        bytes_of = lambda looks: np.frombuffer(bytes.fromhex("".join(looks)), np.uint8).astype(int)
+        return [] if len(made) == len(now) and np.abs(bytes_of(made) - bytes_of(now)).max() <= 3 else [name]
     return [] if made == now else [name]
 
 
@@ -92,10 +93,10 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _look(scene, number) -> list:
-    """Returns what a picture looks like from afar: the mean colours of 8 x 8 parts, int[8, 8, 3]."""
+def _look(scene, number) -> str:
+    """Returns what a picture looks like from afar: the mean colours of 8 x 8 parts, as hex digits."""
     pixels = np.asarray(render(scene, picture_seed(LESSONS_SEED, number)), np.float64)
-    return pixels.reshape(8, SIZE // 8, 8, SIZE // 8, 3).mean(axis=(1, 3)).round().astype(int).tolist()
+    return pixels.reshape(8, SIZE // 8, 8, SIZE // 8, 3).mean(axis=(1, 3)).round().astype(np.uint8).tobytes().hex()
 
 
 def _texts(drawn):
@@ -146,7 +147,7 @@ def make(options: Options, console=None):
         | {"python": platform.python_version(), "machine": platform.machine()},
         "recipe": made,
     }
-    (model / CARD).write_text(as_json(card))
+    (model / CARD).write_text(json.dumps(json.loads(as_json(card)), indent=1))
     shutil.move(model, output)
     console.note(f"wrote {output}: {', '.join(f'{name} {value:.1f}' for name, value in card['scores'].items())}")
 
