@@ -38,7 +38,7 @@ def cure() -> Config:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup=0.1, weight_decay=0.01),
         train=TrainConfig(steps=100, log_every=5, evaluate_every=25, checkpoint_every=100),
-        # Equal weights. Dynamic ones follow the margins, and descriptions are so easily told from short answers here that
-        # the vision-biased pair would take all but a few hundredths.
+        # Equal weights. Dynamic ones follow the margins, and descriptions are so easily told from short answers here
+        # that the vision-biased pair would take all but a few hundredths.
         objective=napo(beta=0.1, weight=1.0),
     )
