@@ -39,7 +39,7 @@ def test_the_recipe_has_all_that_makes_the_files(monkeypatch):
         (make_base, "lessons", lambda: seeded, {"config.train.seed"}),
         (records, "Bias", lambda: biased, {"lessons"}),
         (scenes, "COLOURS", scenes.COLOURS | {"red": (200, 60, 60)}, {"pictures"}),
-        (scenes, "HALVES", ("bottom", "top"), {"lessons", "pairs", "pictures"}),
+        (scenes, "MOST", 2, {"lessons", "pairs", "pictures"}),
     )
     for module, name, value, found in changes:
         with monkeypatch.context() as patch:
