@@ -46,14 +46,13 @@ from napo_jax.speaker import load_speaker
 from napo_jax.train import train
 from napo_jax.world.configs import BASE, cure
 from napo_jax.world.examine import Examiner, in_short, write_exams
-from napo_jax.world.make_base import CARD, file_digest
+from napo_jax.world.make_base import CARD, PAIRS_COUNT, file_digest
 from napo_jax.world.records import write_pairs
 
 NOISE = (0, 20, 40)  # percent
 SEEDS = (1, 2, 3, 4, 5)
 SEARCH_SEED, SEARCH_NOISE = 11, 20
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
-COUNT = 1600  # pairs of a seed
 EXAM_SEEDS = {"exams": 0, "search_exams": 1000}  # what is added to the exams' own seeds
 BUILT = ("question_only", "image_only")
 
@@ -140,7 +139,7 @@ class Study:
             pairs, built = self.folder / f"pairs{seed}" / "pairs.parquet", self.folder / f"built{seed}"
             if not pairs.exists():
                 pairs.parent.mkdir(exist_ok=True)
-                write_pairs(pairs, COUNT, seed=1000 + seed)
+                write_pairs(pairs, PAIRS_COUNT, seed=1000 + seed)
             build_bias.build(cure(), build_options(pairs, built), self.console)
             for noise in NOISE:
                 if not self._data(seed, noise).exists():

@@ -3,6 +3,7 @@
 import html
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,9 +63,9 @@ class Line(NamedTuple):
 
     label: str
     metric: str
-    points: list[tuple[int, float]]
+    points: Sequence[tuple[int, float]]
     last: float | None
-    held_out: list[tuple[int, float]] = []  # noqa: RUF012 - never changed
+    held_out: Sequence[tuple[int, float]] = ()
 
 
 def chart(title, lines, end, last_step, *, share=False, limits=None, zero=True, left_out="") -> str:

@@ -106,9 +106,8 @@ def demo(options: Options, console=None) -> dict[str, dict[str, float]]:
         "after": {"model": str(trained), "weights": speaker._replace(params=params).digest},
     }
     said["after"] = examiner(params)
-    for label, answers in said.items():
-        examiner.write(workdir / "run" / "evals" / label, answers, made_by[label])
-    scores = {label: in_short(examiner.score(answers)) for label, answers in said.items()}
+    write = lambda label: examiner.write(workdir / "run" / "evals" / label, said[label], made_by[label])
+    scores = {label: in_short(write(label)) for label in said}
     both = {"before": speaker.params, "after": params}
     _write_samples(examiner, built / pairs.name, workdir / "run", speaker, both)
     page = write_report(workdir / "run")

@@ -9,7 +9,6 @@ The three meet in files alone, so that answers of any other code can be scored, 
 
 import contextlib
 import dataclasses
-import json
 import sys
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from etils import epath
 
 from napo_jax.command import exit_with_one_line, read_flags
 from napo_jax.evals import compare as comparison
-from napo_jax.evals.answers import as_json, fingerprint, read_rows
+from napo_jax.evals.answers import as_json, fingerprint, read_object, read_rows
 from napo_jax.evals.benchmarks import Asked
 from napo_jax.pieces import BOOKS, read_manifest, write_durably
 from napo_jax.processes import together
@@ -109,13 +108,7 @@ def _read_run(path):
     """Returns what `score` wrote to a file."""
     if not epath.Path(path).exists():
         raise ValueError(f"{path} is not there; write it with: python -m napo_jax.evaluate score ... --out {path}")
-    try:
-        run = json.loads(epath.Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); write it again with `score`") from None
-    if not isinstance(run, dict):
-        raise ValueError(f"{path} holds a JSON {type(run).__name__}, and no numbers; write it with `score`")
-    return run
+    return read_object(path, "write it again with `score`")
 
 
 _COMMANDS = {"answer": _answer, "score": _score, "compare": _compare}

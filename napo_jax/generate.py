@@ -96,12 +96,12 @@ class Generator:
         self._in_row = max(1, slots // 4 // self._rows)  # prompts that are read at a time, by a row of devices
         self._others = len(without_picture(np.zeros(0, np.int32), decoding.debias))  # prompts that each is held against
         # A loop over layers takes a layer's weights, and what was kept, out of those of all: accelerators as they read
-        # them, but a CPU copies them at each token. Apart, they are copied once for many tokens.
+        # them, but a CPU copies them at each token. Apart, they are copied once for many tokens, and are there twice.
         self._apart = jax.default_backend() == "cpu"
         places = self._places()
         self._empty = jax.jit(self._empty, out_shardings=places)  # compiled, so that no two of its arrays are one
         self._read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
-        self._go_on = jax.jit(self._go_on, donate_argnums=1, static_argnums=2, out_shardings=places)
+        self._go_on = jax.jit(self._go_on, donate_argnums=1, static_argnums=(2, 5), out_shardings=places)
 
     @property
     def kept_bytes(self) -> int:
@@ -131,7 +131,8 @@ class Generator:
             # Until enough slots are done to read new prompts, or, when there are none, until all are.
             enough = min(self.slots, len(free) + together) if more else self.slots
             with self._on_mesh():
-                state = self._go_on(self.params, state, self._window(longest), enough, self._decoding.max_tokens)
+                most = self._decoding.max_tokens
+                state = self._go_on(self.params, state, self._window(longest), enough, most, self._apart)
                 tokens, lengths, scores, done, said = self._fetch(state.search)
             for slot in [slot for slot in keys if done[slot]]:
                 ids = tokens[slot, : lengths[slot]].tolist()
@@ -150,7 +151,7 @@ class Generator:
         with self._on_mesh():
             state = self._take_in(self._empty(), [prompt], self._free_places({0}))
             for said in range(self._decoding.max_tokens):
-                state = self._go_on(self.params, state, self._window(said), 1, 1)
+                state = self._go_on(self.params, state, self._window(said), 1, 1, False)
                 token = int(state.search.tokens[0, 0, said])
                 if token == self._eos:
                     return
@@ -286,14 +287,13 @@ class Generator:
             run = jax.shard_map(run, in_specs=by_row, out_specs=by_row, check_vma=False)
         return run(search, logits)
 
-    def _go_on(self, params, state, window, enough, most):
+    def _go_on(self, params, state, window, enough, most, apart):
         """Says at most so many tokens, until enough slots are done or one has filled the window."""
         debias = self._decoding.debias
         whole = state.streams
         near = lambda kept: kept._replace(
             beam_keys=kept.beam_keys[..., :window, :], beam_values=kept.beam_values[..., :window, :]
         )
-        apart = self._apart
         params, lay = (layers_apart(params), Kept.by_layer) if apart else (params, lambda kept: kept)
         state = state._replace(streams=tuple(stream._replace(kept=lay(near(stream.kept))) for stream in whole))
 

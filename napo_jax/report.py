@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from napo_jax.command import exit_with_one_line, read_flags
+from napo_jax.evals.answers import read_object
 
 _FIRST, _LAST = "before", "after"  # labels of evaluations
 
@@ -108,15 +109,18 @@ def read_run(workdir) -> Run:
         raise ValueError(f"{workdir} has no metrics.jsonl; name the workdir of a run of napo_jax.train")
     notes = []
     metrics = _read_log(workdir / "metrics.jsonl", notes)
-    stopped = _read_object(workdir / "not_finite.json")
-    if not stopped or stopped.get("step", 0) <= max(metrics.steps, default=0):
+    stopped = _read_if_there(workdir / "not_finite.json")
+    step = stopped.get("step", 0)
+    if type(step) is not int or not isinstance(stopped.get("metrics", {}), dict):
+        raise ValueError(f"{workdir / 'not_finite.json'} has no step and its metrics; move it away")
+    if not stopped or step <= max(metrics.steps, default=0):
         stopped = None  # or the run has been past it since
     return Run(
         workdir,
         metrics,
         _read_log(workdir / "held_out.jsonl", notes),
-        _read_object(workdir / "config.json"),
-        _read_object(workdir / "versions.json"),
+        _read_if_there(workdir / "config.json"),
+        _read_if_there(workdir / "versions.json"),
         stopped,
         _read_scores(workdir / "evals"),
         _read_samples(workdir / "samples.jsonl", notes),
@@ -151,10 +155,10 @@ def _read_log(file, notes) -> Log:
         log.steps.append(step)
         log.last.clear()
         for name, value in row.items():
-            if _is_number(value) and math.isfinite(value):
+            if is_number(value) and math.isfinite(value):
                 log.points.setdefault(name, []).append((step, float(value)))
                 log.last[name] = float(value)
-            elif value is None or _is_number(value):
+            elif value is None or is_number(value):
                 what = str(odd.get(name, "nothing") if value is None else value)
                 log.not_finite.setdefault(name, Counter())[what] += 1
             else:
@@ -180,21 +184,14 @@ def _read_samples(file, notes):
     return samples
 
 
-def _is_number(value):
+def is_number(value) -> bool:
+    """Tells whether a value out of JSON is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _read_object(file) -> dict:
+def _read_if_there(file) -> dict:
     """Reads a file of one JSON object; returns an empty one if there is no file."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); write it again or move it away") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__}, expected an object")
-    return content
+    return read_object(file, "write it again or move it away") if file.exists() else {}
 
 
 def _read_scores(folder):
@@ -202,7 +199,7 @@ def _read_scores(folder):
     labels = [label for label in folder.iterdir() if label.is_dir()] if folder.is_dir() else []
     for label in sorted(labels, key=lambda label: (label.name == _LAST, label.name != _FIRST, label.name)):
         for file in sorted(label.glob("*.json")):
-            scores.setdefault(file.stem, {})[label.name] = _read_object(file)
+            scores.setdefault(file.stem, {})[label.name] = _read_if_there(file)
     return scores
 
 

@@ -6,6 +6,7 @@ import json
 
 from napo_jax.decoding import Decoding
 from napo_jax.html_page import Markup, table
+from napo_jax.report import is_number
 
 STYLE = """
 .benchmarks { columns: 30rem; column-gap: 2.5rem; }
@@ -27,8 +28,6 @@ _METRICS = {
 }
 _SETTINGS = ("model", "prompts", "variant", "part", "judge", "dtype", "decoding")
 _SAME = ("prompts", "variant", "part", "judge", "questions", "synonyms", "similarity")  # or else there is no difference
-
-
 _ALWAYS = ("beams", "max_tokens", "temperature")  # of decoding; the rest is said where it is not as usual
 
 
@@ -78,7 +77,7 @@ def _benchmark(name, runs):
 
 def _rows(name, runs):
     """Yields (title, path, which way is better) of the metrics that at least one run has."""
-    known = _METRICS.get(name) or {key: _UNCLEAR for run in runs for key, value in run.items() if _is_number(value)}
+    known = _METRICS.get(name) or {key: _UNCLEAR for run in runs for key, value in run.items() if is_number(value)}
     splits = dict.fromkeys(split for run in runs for split in _splits(run))
     every = [(metric, (metric,)) for metric in known]
     every += [(f"{metric}, {split}", ("splits", split, metric)) for split in splits for metric in known]
@@ -104,20 +103,21 @@ def _find(run, path):
     """Returns a number; None where there is none, as of 0/0."""
     for name in path:
         run = run.get(name) if isinstance(run, dict) else None
-    return run if _is_number(run) else None
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return run if is_number(run) else None
 
 
 def _counts(run, path):
     """Returns what a number is the ratio of, (above, below), if the file says it."""
     counts, items = (part if isinstance(part, dict) else {} for part in (run.get("counts"), run.get("items")))
     pair = counts.get(path[0]) if len(path) == 1 else None
-    if pair is None and len(path) == 1 and isinstance(items.get(path[0]), list):
-        pair = [sum(column) for column in zip(*items[path[0]], strict=True)]
-    return pair if isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) else None
+    rows = items.get(path[0]) if len(path) == 1 else None
+    if pair is None and isinstance(rows, list) and all(map(_is_pair, rows)):
+        pair = [sum(column) for column in zip(*rows, strict=True)]
+    return pair if _is_pair(pair) else None
+
+
+def _is_pair(value):
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
 def _value(value, counts):

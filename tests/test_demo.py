@@ -1,6 +1,7 @@
 """The demo: every part of the method, one behind the other, on a few pairs."""
 
 import dataclasses
+import io
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from napo_jax import demo
 from napo_jax.demo import Options, as_table
+from napo_jax.metrics import Console
 from napo_jax.world import examine
 from napo_jax.world.configs import cure
 
@@ -17,17 +19,7 @@ FEW = {name: exam._replace(many=6) for name, exam in examine.EXAMS.items()}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Returns the folder of a short demo, its scores, and what it said."""
-    folder, said = tmp_path_factory.mktemp("demo") / "run", []
-
-    class Console:
-        def note(self, line):
-            said.append(line)
-
-        def progress(self, line):
-            pass
-
-        def close(self):
-            pass
+    folder, said = tmp_path_factory.mktemp("demo") / "run", io.StringIO()
 
     config = cure()
     config = dataclasses.replace(
@@ -40,8 +32,8 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(demo, "cure", lambda: config)
         patch.setattr(examine, "EXAMS", FEW)
-        scores = demo.demo(Options(workdir=str(folder), pairs=40), Console())
-    return folder, scores, said
+        scores = demo.demo(Options(workdir=str(folder), pairs=40), Console(said))
+    return folder, scores, said.getvalue()
 
 
 def test_every_part_leaves_what_it_made(run):

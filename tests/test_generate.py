@@ -137,11 +137,10 @@ def test_what_a_mesh_keeps_is_cut_and_no_device_asks_another_for_it(params):
         generator = Generator(
             Llava(CONFIG), params, Decoding(beams=3, max_tokens=MOST), eos=EOS, slots=16, prompt_tokens=64, mesh=mesh
         )
-        generator._apart = False
         state = generator._empty()
         for leaf in jax.tree.leaves(state.streams):
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size
-        text = generator._go_on.lower(params, state, MOST, 8, MOST).compile().as_text()
+        text = generator._go_on.lower(params, state, MOST, 8, MOST, False).compile().as_text()
     sent = re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)", text)
     assert sent == ["s32[]", "s32[]"]
 

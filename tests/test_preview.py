@@ -4,7 +4,6 @@ import html.parser
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import browse, only_with_browser
 from PIL import Image
 
 from napo_jax import config, preview
@@ -20,7 +20,6 @@ from napo_jax.config import DataConfig, load_config, parse
 
 RUN_ANSWERS = ("chosen", "rejected", "question_only", "image_only")
 SCRIPT = "<script>document.title='owned'</script>"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def png(number):
@@ -131,13 +130,11 @@ def test_the_page_shows_text_from_data_as_text(file, capsys):
     assert "wrote" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@only_with_browser
 def test_a_browser_runs_nothing_and_shows_it_all(file):
     page = file.parent / "page.html"
     run(file, "--html", str(page), "--groups", "9", "--data.batch-size", "1")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={file.parent}/profile"]
-    command += ["--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    shown = browse(file.parent, page.as_uri(), "--dump-dom")
     assert "<title>What the trainer will see</title>" in shown
     assert shown.count("<img") == 9
     assert "&lt;script&gt;" in shown

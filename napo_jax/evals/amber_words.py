@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from napo_jax.evals.answers import read_object
 from napo_jax.evals.nlp import load_spacy
 
 _TABLE = "similarity.json"
@@ -53,7 +54,7 @@ def read_words(data) -> Words:
     for file in (relation, safe):
         if not file.exists():
             raise ValueError(f"{file} is missing; name the folder data of AMBER's code")
-    return Words(_read_object(relation), frozenset(safe.read_text().split("\n")))
+    return Words(read_object(relation, "fetch it again"), frozenset(safe.read_text().split("\n")))
 
 
 def read_table(data, vocabulary: Iterable[str]) -> tuple[Alike, str]:
@@ -72,7 +73,7 @@ def read_table(data, vocabulary: Iterable[str]) -> tuple[Alike, str]:
             f"{file} is missing; make it once, with spaCy and its {_MODEL}: "
             f"python -c 'from napo_jax.evals.amber_words import write_table as w; w(\"{data}\")'"
         )
-    content = _read_object(file)
+    content = read_object(file, "fetch it again")
     if content.get("above") != _ALIKE or not isinstance(content.get("alike"), dict):
         raise ValueError(f"{file} must say which words are more alike than {_ALIKE}; make it again")
     table = {word: frozenset(others) for word, others in content["alike"].items()}
@@ -142,13 +143,3 @@ def _mark_first(marks, names, fits):
     if index is not None:
         marks[index] = True
     return index is not None
-
-
-def _read_object(file):
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object; fetch it again")
-    return content

@@ -66,6 +66,22 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """Reads a file of one JSON object.
+
+    Args:
+      path: the file, local or gs://.
+      remedy: what to do about a damaged file, for the error.
+    """
+    try:
+        content = json.loads(epath.Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object; {remedy}")
+    return content
+
+
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads rows of JSON, one on a line or all in one array whatever the file is called.
 

@@ -19,7 +19,7 @@ class Exam(NamedTuple):
     """A benchmark's module, and how the world's edition of it is read."""
 
     module: object
-    write: object  # (folder, how many) -> None
+    write: object  # (folder, how many, seed=) -> None
     prompts: str
     variant: str
     many: int
@@ -95,14 +95,20 @@ class Examiner:
             for name, one in EXAMS.items()
         }
 
-    def write(self, folder, said, made_by):
-        """Writes the answers, and the numbers they come to with what made them, to a file of each exam."""
+    def write(self, folder, said, made_by) -> dict[str, dict]:
+        """Writes the answers, and the numbers they come to with what made them, to a file of each exam.
+
+        Returns:
+          what `score` returns.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, scored in self.score(said).items():
+        scores = self.score(said)
+        for name, scored in scores.items():
             lines = [f"{json.dumps(row)}\n" for row in self._rows(name, said[name])]
             (folder / f"{name}.jsonl").write_text("".join(lines))
             (folder / f"{name}.json").write_text(as_json(made_by | scored))
+        return scores
 
     def _rows(self, name, answers):
         return [write_row(question, answers[question.key]) for question in self._questions[name]]
