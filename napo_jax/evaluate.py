@@ -1,10 +1,12 @@
 """Evaluates on a benchmark: `answer` asks a model, `score` makes numbers of its answers, `compare` holds two together.
 
+`judge` asks whoever rates answers where a benchmark has that, and `unpack` lays out Object HalBench's pictures.
+
     python -m napo_jax.evaluate answer --benchmark pope --data POPE --images val2014 --checkpoint DIR --answers a.jsonl
     python -m napo_jax.evaluate score --benchmark pope --data POPE --answers a.jsonl --out a.json
     python -m napo_jax.evaluate compare a.json b.json
 
-The three meet in files alone, so that answers of any other code can be scored, and scores need no model.
+They meet in files alone, so that answers of any other code can be scored, and scores need no model.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import tyro
 from etils import epath
 
 from napo_jax.command import exit_with_one_line, read_flags
+from napo_jax.evals import chair
 from napo_jax.evals import compare as comparison
 from napo_jax.evals.answers import as_json, fingerprint, read_object, read_rows
 from napo_jax.evals.benchmarks import Asked
@@ -53,6 +56,16 @@ class CompareOptions:
         """Checks the number of resamples."""
         if self.resamples < 1:
             raise ValueError(f"resamples must be at least 1, got {self.resamples}")
+
+
+@dataclasses.dataclass(frozen=True)
+class UnpackOptions:
+    """Writes the pictures that Object HalBench's question file holds to a folder."""
+
+    # The folder of the benchmark's own files.
+    data: str
+    # The folder to write to: what `answer` takes as --images.
+    images: str
 
 
 def score(options: ScoreOptions) -> dict:
@@ -111,7 +124,18 @@ def _read_run(path):
     return read_object(path, "write it again with `score`")
 
 
-_COMMANDS = {"answer": _answer, "score": _score, "compare": _compare}
+def _judge(argv):
+    from napo_jax.judging import JudgeOptions, judge
+
+    judge(read_flags(JudgeOptions, argv, description=JudgeOptions.__doc__))
+
+
+def _unpack(argv):
+    options = read_flags(UnpackOptions, argv, description=UnpackOptions.__doc__)
+    print(f"wrote {chair.write_pictures(options.data, options.images)} pictures to {options.images}")
+
+
+_COMMANDS = {"answer": _answer, "judge": _judge, "unpack": _unpack, "score": _score, "compare": _compare}
 
 
 def main(argv=None):

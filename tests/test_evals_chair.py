@@ -194,7 +194,7 @@ def test_questions_and_their_pictures(data, tmp_path):
     assert [q.key for q in asked] == ["0", "1", "2"]
     assert asked[2].text == "Describe it."
     assert asked[2].row == {"question_id": 2, "image_id": 9, "prompt": "Describe it."}
-    chair.write_pictures(data, tmp_path / "pictures")
+    assert chair.write_pictures(data, tmp_path / "pictures") == 3
     assert [(tmp_path / "pictures" / q.image).read_bytes() for q in asked] == [b"p7", b"p8", b"p9"]
     write(data, "questions.jsonl", {"image_id": 7, "question": "What?", "image_path": "a/b.png"})
     assert chair.questions(data)[0].image == "a/b.png"

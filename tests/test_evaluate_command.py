@@ -309,7 +309,7 @@ def test_numbers_are_strict_json(folder, tmp_path, capsys, benchmark, text, more
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ([], "say what to do: answer, score, compare; got nothing"),
+        ([], "say what to do: answer, judge, unpack, score, compare; got nothing"),
         (["ask"], "got ask"),
         (["score", "--answers", "SHORT"], r"8 questions: 1 have no answer \(first 'changed/1'\)"),
         (["score", "--answers", "CUT"], r"cut.jsonl, line 8, is not JSON"),

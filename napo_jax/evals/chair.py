@@ -52,10 +52,15 @@ def questions(data, *, prompts="official") -> list[Question]:
     return asked
 
 
-def write_pictures(data, folder) -> None:
-    """Writes the pictures that the question file holds in base64 to a folder, by the names that `questions` gives."""
+def write_pictures(data, folder) -> int:
+    """Writes the pictures that the question file holds in base64 to a folder, by the names that `questions` gives.
+
+    Returns:
+      How many there were.
+    """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    count = 0
     for number, row in enumerate(_read_questions(data)):
         if "image_path" in row:
             continue
@@ -63,9 +68,13 @@ def write_pictures(data, folder) -> None:
             (folder / f"{row['image_id']}.jpg").write_bytes(base64.b64decode(row["image"], validate=True))
         except (KeyError, TypeError, binascii.Error):
             raise ValueError(f"{data}: question {number + 1} has no image_path and no image in base64") from None
+        count += 1
+    return count
 
 
-def ask_judge(data, rows, template, judge: Judge, name: str, *, prompts="official") -> Iterator[dict]:
+def ask_judge(
+    data, rows, template, judge: Judge, name: str, *, prompts="official", kept=(), at_once=1
+) -> Iterator[dict]:
     """Yields the rows of a replay file: what a judge lists of each answer.
 
     Args:
@@ -75,16 +84,22 @@ def ask_judge(data, rows, template, judge: Judge, name: str, *, prompts="officia
       judge: what replies with a JSON list of objects.
       name: of the judge, with its version.
       prompts: a name out of `PROMPTS`.
+      kept: rows of before, which are not asked for again where nothing has changed.
+      at_once: how many replies are waited for at a time.
     """
     asked = questions(data, prompts=prompts)
     captions = _join(asked, rows)
     fill = read_template(template, ("question", "answer"))
-    texts = {q.key: fill({"question": q.row["prompt"], "answer": captions[q.key]}) for q in asked}
+    texts = {
+        q.key: fill({"question": q.row["prompt"], "answer": captions[q.key]})
+        for q in asked
+        if not is_short(captions[q.key])
+    }
     for key, caption in captions.items():
-        if is_short(caption):
+        if key not in texts:
             yield {"key": key, "text": caption, "judge": name, "reply": "[]"}
-        else:
-            yield from record_replies(judge, name, {key: texts[key]}, captions, parse_list, _TRIES)
+    options = {"tries": _TRIES, "kept": kept, "at_once": at_once}
+    yield from record_replies(judge, name, texts, captions, parse_list, **options)
 
 
 def score(

@@ -1,7 +1,10 @@
 """Judges: a prompt from the user's own template, and a file of what was replied, so that scores need no judge."""
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
@@ -41,9 +44,17 @@ def _named(slots):
 
 
 def record_replies(
-    judge: Judge, name: str, prompts: Mapping[str, str], answers: Mapping[str, str], parse: Callable, tries: int = 1
+    judge: Judge,
+    name: str,
+    prompts: Mapping[str, str],
+    answers: Mapping[str, str],
+    parse: Callable,
+    *,
+    tries: int = 1,
+    kept: Iterable[Mapping[str, str]] = (),
+    at_once: int = 1,
 ) -> Iterator[dict]:
-    """Yields a row of the replay file, {"key", "text", "judge", "reply"}, for each prompt.
+    """Yields a row of the replay file, {"key", "text", "judge", "asked", "reply"}, for each prompt, in their order.
 
     Args:
       judge: what replies.
@@ -52,17 +63,39 @@ def record_replies(
       answers: {key: text} of what is judged, kept beside the reply.
       parse: raises ValueError for a reply that cannot be read, which is then asked for again.
       tries: how often at most.
+      kept: rows of before; what this judge has replied to the very same prompt is not asked again.
+      at_once: how many replies are waited for at a time.
     """
-    for key, prompt in prompts.items():
-        for left in reversed(range(tries)):
-            reply = judge(prompt)
-            try:
-                parse(reply)
-                break
-            except ValueError as error:
-                if not left:
-                    raise ValueError(f"the reply about {key!r} cannot be read after {tries} tries: {error}") from None
-        yield {"key": key, "text": answers[key], "judge": name, "reply": reply}
+    kept = {(row["key"], row.get("asked"), row["judge"]): row for row in kept}
+
+    def row(key, prompt):
+        asked = hashlib.sha256(prompt.encode()).hexdigest()[:16]
+        if (key, asked, name) in kept:
+            return dict(kept[key, asked, name])
+        reply = _ask(judge, key, prompt, parse, tries)
+        return {"key": key, "text": answers[key], "judge": name, "asked": asked, "reply": reply}
+
+    waiting = deque()
+    with ThreadPoolExecutor(at_once) as pool:
+        for key, prompt in prompts.items():
+            waiting.append(pool.submit(row, key, prompt))
+            if len(waiting) == at_once:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _ask(judge, key, prompt, parse, tries):
+    """Returns the first reply that can be read."""
+    for _ in range(tries):
+        reply = judge(prompt)
+        try:
+            parse(reply)
+        except ValueError as error:
+            why = error
+        else:
+            return reply
+    raise ValueError(f"the reply about {key!r} cannot be read after {tries} tries: {why}")
 
 
 def match_replies(
