@@ -20,7 +20,7 @@ from etils import epath
 from napo_jax.command import exit_with_one_line, read_flags
 from napo_jax.evals import chair
 from napo_jax.evals import compare as comparison
-from napo_jax.evals.answers import as_json, fingerprint, read_object, read_rows
+from napo_jax.evals.answers import fingerprint, read_object, read_rows, strict_json
 from napo_jax.evals.benchmarks import Asked
 from napo_jax.pieces import BOOKS, read_manifest, write_durably
 from napo_jax.processes import together
@@ -107,7 +107,7 @@ def _score(argv):
     scored = score(options)
     print(as_text(scored))
     if options.out is not None:
-        write_durably(epath.Path(options.out), as_json(scored))
+        write_durably(epath.Path(options.out), strict_json(scored))
         print(f"wrote {options.out}")
 
 

@@ -6,24 +6,28 @@ import time
 class AnswerProgress:
     """Shows how many answers there are, how fast they come and how long the rest will take."""
 
-    def __init__(self, console, total, seconds=5.0):
-        """Takes the `Console`, the answers that are to be said, and the seconds between two lines."""
-        self._console, self._total, self._seconds = console, total, seconds
-        self._start = self._last = time.monotonic()
+    def __init__(self, console, total, seconds=5.0, clock=time.monotonic):
+        """Takes the `Console`, the answers that are to be said, the seconds between two lines, and a clock."""
+        self._console, self._total, self._seconds, self._clock = console, total, seconds, clock
+        self._since = self._last = clock()
+        self._counted = None  # answers that were there when the rates' time began
         self._tokens = 0
 
     def __call__(self, done, tokens):
         """Takes how many there are now, and the tokens of the last one."""
-        now = time.monotonic()
+        now = self._clock()
         self._tokens += tokens
         if now - self._last < self._seconds and done < self._total:
             return
-        self._last, seconds = now, now - self._start
-        left = round((self._total - done) * seconds / done)
+        seconds, answers = now - self._since, done - (self._counted or 0)
+        left = round((self._total - done) * seconds / answers)
         self._console.progress(
-            f"{done} of {self._total} answers, {done / seconds:.2f} answers/s, "
+            f"{done} of {self._total} answers, {answers / seconds:.2f} answers/s, "
             f"{self._tokens / seconds:.0f} tokens/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
+        if self._counted is None:  # before the first line there was compilation, which tells nothing of what is left
+            self._since, self._counted, self._tokens = now, done, 0
+        self._last = now
 
 
 def wait_until(done, check=lambda: None, seconds=2.0):

@@ -67,7 +67,7 @@ def train(config: Config, workdir, console=None):
         raise ValueError(
             f"model.path is the run's own workdir, {workdir}; leave it out, and the run goes on from there"
         )
-    settings = as_json(config) | {"source_step": source.runs[-1].step if source.runs else None}
+    settings = settings_of(config) | {"source_step": source.runs[-1].step if source.runs else None}
     _check_same(begun, settings, workdir)
     shape = source.shape
     if config.data.path is not None:
@@ -289,7 +289,7 @@ def _report(config, source, dataset, steps, trained, frozen, whole):
     yield f"steps    {steps} of {config.data.batch_size} groups, {steps / dataset.order().steps_per_epoch:.2f} epochs"
 
 
-def as_json(config):
+def settings_of(config):
     """Returns a config as a dict for JSON; what is no plain value is written as it prints.
 
     The model's path is made absolute: a later run that begins with this one may be started elsewhere.

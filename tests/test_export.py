@@ -53,7 +53,7 @@ def drawn(config, trainable=None, seed=0):
 
 def save(workdir, model, lora, steps, source_step=None):
     """Writes the workdir of a run over a model, that of a step if it is a run, that saved {step: trained leaves}."""
-    config = train.as_json(Config(model=ModelConfig(path=str(model)), lora=lora))
+    config = train.settings_of(Config(model=ModelConfig(path=str(model)), lora=lora))
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config | {"source_step": source_step}))
     with Checkpoints(workdir / "checkpoints") as checkpoints:

@@ -52,7 +52,7 @@ def fingerprint(questions: Sequence[Question]) -> str:
     return hashlib.sha256(json.dumps([list(question) for question in questions]).encode()).hexdigest()[:32]
 
 
-def as_json(scored) -> str:
+def strict_json(scored) -> str:
     """Returns what a benchmark's `score` gives as JSON, with null for a number that is none: JSON has no nan."""
     return json.dumps(_without_nan(scored), allow_nan=False)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from napo_jax.asking import QuestionAsker
 from napo_jax.decoding import Decoding
 from napo_jax.evals import chair, pope, vlind
-from napo_jax.evals.answers import as_json, fingerprint, write_row
+from napo_jax.evals.answers import fingerprint, strict_json, write_row
 from napo_jax.speaker import Speaker
 from napo_jax.world import exam, exams
 
@@ -107,7 +107,7 @@ class Examiner:
         for name, scored in scores.items():
             lines = [f"{json.dumps(row)}\n" for row in self._rows(name, said[name])]
             (folder / f"{name}.jsonl").write_text("".join(lines))
-            (folder / f"{name}.json").write_text(as_json(made_by | scored))
+            (folder / f"{name}.json").write_text(strict_json(made_by | scored))
         return scores
 
     def _rows(self, name, answers):

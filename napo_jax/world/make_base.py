@@ -17,7 +17,7 @@ import numpy as np
 from napo_jax import build_bias, export
 from napo_jax.command import exit_with_one_line, read_flags
 from napo_jax.demo import build_options
-from napo_jax.evals.answers import as_json
+from napo_jax.evals.answers import strict_json
 from napo_jax.journal import exit_when_stopped
 from napo_jax.metrics import Console
 from napo_jax.model_source import find_model
@@ -147,7 +147,7 @@ def make(options: Options, console=None):
         | {"python": platform.python_version(), "machine": platform.machine()},
         "recipe": made,
     }
-    (model / CARD).write_text(json.dumps(json.loads(as_json(card)), indent=1))
+    (model / CARD).write_text(json.dumps(json.loads(strict_json(card)), indent=1))
     shutil.move(model, output)
     console.note(f"wrote {output}: {', '.join(f'{name} {value:.1f}' for name, value in card['scores'].items())}")
 
