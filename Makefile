@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m napo_jax.demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .

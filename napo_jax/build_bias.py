@@ -138,10 +138,9 @@ def _say(work, config, options, console, check):
         write_manifest(work.books, work.settings)
     # This also says if weights are not those it began with.
     wait_until(lambda: read_manifest(work.books, work.settings), check)
-    before, progress = len(work.lines), AnswerProgress(console, work.count_missing(share))
     try:
         for name in work.recipes:
-            if not any(work.missing(name, share).values()):
+            if not (missing := sum(map(len, work.missing(name, share).values()))):
                 continue
             room = work.rooms[name]
             generator = speaker.generator(options.decoding, room=room, slots=options.slots)
@@ -149,6 +148,7 @@ def _say(work, config, options, console, check):
             console.note(
                 f"{name}: prompts of up to {room} tokens, {generator.slots} at a time, {size:.2f} GiB a device for them"
             )
+            before, progress = len(work.lines), AnswerProgress(console, missing)
             for answer in generator(work.prompts(name, room, share)):
                 line = Line.of(*answer.key, name, speaker.spell(answer.ids), answer)
                 work.keep(line)

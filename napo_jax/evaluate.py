@@ -125,9 +125,12 @@ def _read_run(path):
 
 
 def _judge(argv):
+    from napo_jax.journal import exit_when_stopped
     from napo_jax.judging import JudgeOptions, judge
 
-    judge(read_flags(JudgeOptions, argv, description=JudgeOptions.__doc__))
+    options = read_flags(JudgeOptions, argv, description=JudgeOptions.__doc__)
+    with exit_when_stopped():
+        judge(options)
 
 
 def _unpack(argv):

@@ -4,14 +4,15 @@ import time
 
 
 class AnswerProgress:
-    """Shows how many answers there are, how fast they come and how long the rest will take."""
+    """Shows how many answers there are, and, once that is known, how fast they come and how long the rest will take.
+
+    Rates are those since the first line: before it there was compilation, which tells nothing of what is left.
+    """
 
     def __init__(self, console, total, seconds=5.0, clock=time.monotonic):
         """Takes the `Console`, the answers that are to be said, the seconds between two lines, and a clock."""
         self._console, self._total, self._seconds, self._clock = console, total, seconds, clock
-        self._since = self._last = clock()
-        self._counted = None  # answers that were there when the rates' time began
-        self._tokens = 0
+        self._last, self._first, self._tokens = clock(), None, 0
 
     def __call__(self, done, tokens):
         """Takes how many there are now, and the tokens of the last one."""
@@ -19,14 +20,15 @@ class AnswerProgress:
         self._tokens += tokens
         if now - self._last < self._seconds and done < self._total:
             return
-        seconds, answers = now - self._since, done - (self._counted or 0)
-        left = round((self._total - done) * seconds / answers)
-        self._console.progress(
-            f"{done} of {self._total} answers, {answers / seconds:.2f} answers/s, "
-            f"{self._tokens / seconds:.0f} tokens/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        )
-        if self._counted is None:  # before the first line there was compilation, which tells nothing of what is left
-            self._since, self._counted, self._tokens = now, done, 0
+        line = f"{done} of {self._total} answers"
+        if self._first is None:
+            self._first, self._tokens = (now, done), 0
+        elif (seconds := now - self._first[0]) >= self._seconds:
+            answers = done - self._first[1]
+            left = round((self._total - done) * seconds / answers)
+            line += f", {answers / seconds:.2f} answers/s, {self._tokens / seconds:.0f} tokens/s"
+            line += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        self._console.progress(line)
         self._last = now
 
 

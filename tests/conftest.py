@@ -20,3 +20,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Few tests of minutes each: begun first, so that no process is left alone with one when the others are done.
+_LONG = (
+    "test_train.py",
+    "test_build_bias_stops.py",
+    "test_processes.py",
+    "test_demo.py",
+    "test_base.py",
+    "test_plan.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONG)

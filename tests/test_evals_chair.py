@@ -201,6 +201,12 @@ def test_questions_and_their_pictures(data, tmp_path):
     write(data, "questions.jsonl", {"image_id": 7, "question": "What?"})
     with pytest.raises(ValueError, match="question 1 has no image_path"):
         chair.write_pictures(data, tmp_path)
+    write(data, "questions.jsonl", {"image_id": 7, "question": "What?", "image": "é"})
+    with pytest.raises(ValueError, match="question 1 has no image_path and no image in base64"):
+        chair.write_pictures(data, tmp_path)
+    write(data, "questions.jsonl", [{"image_id": 7, "question": "What?", "image": name} for name in ("YQ==", "Yg==")])
+    with pytest.raises(ValueError, match="question 2 has another picture than one before of the same image_id"):
+        chair.write_pictures(data, tmp_path)
     write(data, "questions.jsonl", {"question": "What?"})
     with pytest.raises(ValueError, match="question 1, has no image_id"):
         chair.questions(data)
@@ -280,7 +286,7 @@ def test_judged_replies_are_scored_without_a_judge(data, tmp_path):
 def test_a_reply_that_cannot_be_read_ends_the_asking(data, tmp_path):
     write(tmp_path, "prompt.txt", "{} {}")
     rows = answers(*["what a fine day it is"] * 3)
-    with pytest.raises(ValueError, match="'0' cannot be read after 100 tries"):
+    with pytest.raises(ValueError, match="'0' cannot be read after 3 tries"):
         list(chair.ask_judge(data, rows, tmp_path / "prompt.txt", lambda prompt: "no idea", "j"))
     write(tmp_path, "prompt.txt", "{question}")
     with pytest.raises(ValueError, match=r"must hold \{question\} \{answer\} once each.*; it has \{question\}"):

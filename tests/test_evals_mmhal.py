@@ -1,6 +1,5 @@
 """MMHal-Bench: the judge's prompt and replies, and means counted by hand."""
 
-import hashlib
 import json
 
 import pytest
@@ -98,11 +97,9 @@ def test_the_judge_is_shown_what_is_known(data, tmp_path):
     judge = lambda prompt: asked.append(prompt) or "Rating: 1"
     kept = list(mmhal.ask_judge(data, SAID, template, judge, "j-1"))
     assert asked[0] == "Rate.\nTree, {Sky}|Question 0?|Truth 0.|a {question}\n"  # braces in texts are no slots
-    known = {"key": "0", "text": "a {question}", "judge": "j-1", "reply": "Rating: 1"}
-    assert kept[0] == known | {"asked": hashlib.sha256(asked[0].encode()).hexdigest()[:16]}
+    assert kept[0] == {"key": "0", "text": "a {question}", "judge": "j-1", "reply": "Rating: 1"}
     template.write_text("{} / {} / {} / {}")
-    again = list(mmhal.ask_judge(data, SAID, template, judge, "j-1"))
-    assert [row | {"asked": kept_row["asked"]} for row, kept_row in zip(again, kept, strict=True)] == kept
+    assert list(mmhal.ask_judge(data, SAID, template, judge, "j-1")) == kept
     assert asked[5] == "Tree, {Sky} / Question 1? / Truth 1. / b"
     for wrong in ("{} {} {}", "{} {question} {gt_answer} {model_answer}", "{question} {question} {gt_answer} {}", ""):
         template.write_text(wrong)

@@ -1,7 +1,12 @@
 """The judge command: replies that were paid for are kept, and asked for again only where something has changed."""
 
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -9,6 +14,7 @@ from napo_jax.command import exit_with_one_line
 from napo_jax.evals import mmhal
 from napo_jax.evals.answers import read_rows
 from napo_jax.evaluate import main
+from napo_jax.world.exams import write_chair
 
 COUNT = 5
 
@@ -29,13 +35,17 @@ def write_answers(folder, *texts):
     (folder / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
+def words(folder):
+    """Returns the flags of all that is asked; the judge is a script in the folder."""
+    flags = {"benchmark": "mmhal", "data": folder, "answers": folder / "answers.jsonl", "name": "j-1"}
+    flags |= {"template": folder / "prompt.txt", "judge": f"sh {folder}/judge.sh", "replay": folder / "replies.jsonl"}
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
 def ask(folder, judge, *more):
     """Asks a judge, a shell script that finds the prompt in $prompt and keeps a note of each."""
-    script = folder / "judge.sh"
-    script.write_text(f'prompt=$(cat)\necho "$prompt" >>{folder}/asked.txt\n{judge}\n')
-    flags = {"benchmark": "mmhal", "data": folder, "answers": folder / "answers.jsonl", "name": "j-1"}
-    flags |= {"template": folder / "prompt.txt", "judge": f"sh {script}", "replay": folder / "replies.jsonl"}
-    exit_with_one_line(lambda: main(["judge", *(w for k, v in flags.items() for w in (f"--{k}", str(v))), *more]))
+    (folder / "judge.sh").write_text(f'prompt=$(cat)\necho "$prompt" >>{folder}/asked.txt\n{judge}\n')
+    exit_with_one_line(lambda: main(["judge", *words(folder), *more]))
 
 
 def asked(folder):
@@ -68,10 +78,11 @@ def test_it_goes_on_where_it_was(folder, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "ended with 7 (no more money)" in line
     assert "replies.jsonl.part: give the same command again" in line
+    assert line.startswith("error: ")
     assert not (folder / "replies.jsonl").exists()
     assert asked(folder) == [f"answer {i}" for i in range(4)]
     with (folder / "replies.jsonl.part").open("a") as file:
-        file.write('{"key": "3", "text": "answ')  # written when the power failed
+        file.write('{"asked": "3", "reply": "Rat')  # written when the power failed
     ask(folder, RATE_BY_NUMBER)
     assert asked(folder) == ["answer 3", "answer 4"]
     assert "5 replies of j-1, 3 of them from before" in capsys.readouterr().out
@@ -104,6 +115,64 @@ def test_several_are_asked_at_a_time(folder):
     assert [row["reply"] for row in read_rows(folder / "replies.jsonl")] == [f"Rating: {i}" for i in range(5)]
 
 
+def test_one_that_fails_costs_no_reply_beside_it(folder):
+    """The first fails when two others have been answered."""
+    fail = (
+        f'case "$prompt" in *0) for i in $(seq 100); do [ -s {folder}/done.txt ] && exit 7; sleep 0.05; done;; esac; '
+    )
+    with pytest.raises(SystemExit):
+        ask(folder, f'{fail}{RATE_BY_NUMBER}; echo "$prompt" >>{folder}/done.txt', "--at-once", "3")
+    seen = set(asked(folder))
+    assert len(seen) >= 3
+    ask(folder, RATE_BY_NUMBER)
+    assert set(asked(folder)) == {f"answer {i}" for i in range(COUNT)} - seen | {"answer 0"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_asked_to_stop_keeps_what_is_under_way(folder, number):
+    """The signal goes to the whole group, as Ctrl-C does, and comes while three are asked."""
+    (folder / "judge.sh").write_text(f'prompt=$(cat)\necho "$prompt" >>{folder}/asked.txt; sleep 1; {RATE_BY_NUMBER}\n')
+    code = f"import sys; sys.argv[1:] = {['judge', *words(folder), '--at-once', '3']}\n"
+    code += "from napo_jax import command, evaluate; command.exit_with_one_line(evaluate.main)"
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", code], **how)
+    while not (folder / "asked.txt").exists() or len((folder / "asked.txt").read_text().splitlines()) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = err.splitlines()
+    assert line.startswith("asked to stop; the replies so far are in ")
+    assert sorted(asked(folder)) == ["answer 0", "answer 1", "answer 2"]
+    ask(folder, RATE_BY_NUMBER)
+    assert asked(folder) == ["answer 3", "answer 4"]
+
+
+def test_two_commands_do_not_pay_for_the_same(folder, capsys):
+    with (folder / "replies.jsonl.part").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            ask(folder, RATE_BY_NUMBER)
+    assert "another command is at work on" in capsys.readouterr().err
+    assert asked(folder) == []
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_again(folder, capsys):
+    write_chair(folder / "chair", 2)
+    rows = [{"key": str(i), "text": f"There is one star here {i}."} for i in range(2)]
+    (folder / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "prompt.txt").write_text("{question} {answer}\n")
+    more = ["--benchmark", "chair", "--data", str(folder / "chair")]
+    with pytest.raises(SystemExit):
+        ask(folder, 'echo "I see a star"', *more, "--tries", "2")
+    assert "the reply about '0' cannot be read after 2 tries" in capsys.readouterr().err
+    assert len(asked(folder)) == 2
+    ask(folder, "echo '[\"star\"]'", *more)  # the last one of before is tried once more, and asked for anew
+    assert len(asked(folder)) == 2
+    assert [row["reply"] for row in read_rows(folder / "replies.jsonl")] == ['["star"]'] * 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -112,12 +181,18 @@ def test_several_are_asked_at_a_time(folder):
         (["--at-once", "0"], "at_once must be at least 1, got 0"),
         (["--benchmark", "pope"], "chair"),
         (["--judge", "exit 3"], "ended with 3 (it said nothing)"),
+        (["--judge", "true"], "printed no reply (it said nothing)"),
+        (["--tries", "3"], "mmhal has no tries: leave it out"),
+        (["--replay", "gs://a/b"], "replay must be a file of this machine"),
+        (["--template", "latin.txt"], "latin.txt is not UTF-8"),
     ],
 )
 def test_what_cannot_be_judged_is_one_line(folder, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(folder)
+    (folder / "latin.txt").write_bytes("é {question}".encode("latin-1"))
     with pytest.raises(SystemExit) as error:
         ask(folder, RATE_BY_NUMBER, *flags)
     assert error.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+    assert not list(folder.glob("*.part"))

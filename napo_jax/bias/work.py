@@ -121,9 +121,9 @@ class Work:
             for number in range(len(self.inputs))
         }
 
-    def count_missing(self, share=(0, 1)) -> int:
+    def count_missing(self) -> int:
         """Returns how many answers there are left to say."""
-        return sum(len(rows) for name in self.recipes for rows in self.missing(name, share).values())
+        return sum(len(rows) for name in self.recipes for rows in self.missing(name).values())
 
     def is_done(self) -> bool:
         """Tells whether all is said, by this process and the others."""

@@ -4,7 +4,6 @@ What is in a picture is what COCO's instances and all of its reference captions 
 """
 
 import base64
-import binascii
 import json
 from collections.abc import Callable, Iterable, Iterator
 
@@ -34,7 +33,6 @@ VARIANTS = {
 
 _FILES = ("obj_halbench_300_with_image.jsonl", "questions.jsonl")
 _TAGGER = "en_core_web_trf"
-_TRIES = 100  # of the judge, for a reply that can be read
 
 
 def questions(data, *, prompts="official") -> list[Question]:
@@ -60,20 +58,23 @@ def write_pictures(data, folder) -> int:
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for number, row in enumerate(_read_questions(data)):
+    written = {}
+    for number, row in enumerate(_read_questions(data), 1):
         if "image_path" in row:
             continue
+        name = f"{row['image_id']}.jpg"
         try:
-            (folder / f"{row['image_id']}.jpg").write_bytes(base64.b64decode(row["image"], validate=True))
-        except (KeyError, TypeError, binascii.Error):
-            raise ValueError(f"{data}: question {number + 1} has no image_path and no image in base64") from None
-        count += 1
-    return count
+            picture = base64.b64decode(row["image"], validate=True)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{data}: question {number} has no image_path and no image in base64") from None
+        if written.setdefault(name, picture) != picture:
+            raise ValueError(f"{data}: question {number} has another picture than one before of the same image_id")
+        (folder / name).write_bytes(picture)
+    return len(written)
 
 
 def ask_judge(
-    data, rows, template, judge: Judge, name: str, *, prompts="official", kept=(), at_once=1
+    data, rows, template, judge: Judge, name: str, *, prompts="official", at_once=1, tries=3
 ) -> Iterator[dict]:
     """Yields the rows of a replay file: what a judge lists of each answer.
 
@@ -84,8 +85,8 @@ def ask_judge(
       judge: what replies with a JSON list of objects.
       name: of the judge, with its version.
       prompts: a name out of `PROMPTS`.
-      kept: rows of before, which are not asked for again where nothing has changed.
       at_once: how many replies are waited for at a time.
+      tries: how often the judge is asked for a reply that can be read.
     """
     asked = questions(data, prompts=prompts)
     captions = _join(asked, rows)
@@ -98,8 +99,7 @@ def ask_judge(
     for key, caption in captions.items():
         if key not in texts:
             yield {"key": key, "text": caption, "judge": name, "reply": "[]"}
-    options = {"tries": _TRIES, "kept": kept, "at_once": at_once}
-    yield from record_replies(judge, name, texts, captions, parse_list, **options)
+    yield from record_replies(judge, name, texts, captions, parse_list, tries=tries, at_once=at_once)
 
 
 def score(

@@ -1,9 +1,8 @@
 """Judges: a prompt from the user's own template, and a file of what was replied, so that scores need no judge."""
 
-import hashlib
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +28,11 @@ def read_template(path, slots: Sequence[str]) -> Callable[[Mapping[str, str]], s
     path = epath.Path(path)
     if not path.exists():
         raise ValueError(f"{path} is not there; it is to hold the judge's prompt with {_named(slots)} in it")
-    pieces = _SLOT.split(path.read_text())
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8; write the judge's prompt again") from None
+    pieces = _SLOT.split(text.replace("\r\n", "\n"))
     names = pieces[1::2]
     if names == [""] * len(slots):
         names = list(slots)
@@ -51,38 +54,31 @@ def record_replies(
     parse: Callable,
     *,
     tries: int = 1,
-    kept: Iterable[Mapping[str, str]] = (),
     at_once: int = 1,
 ) -> Iterator[dict]:
-    """Yields a row of the replay file, {"key", "text", "judge", "asked", "reply"}, for each prompt, in their order.
+    """Yields a row of the replay file, {"key", "text", "judge", "reply"}, for each prompt, in their order.
 
     Args:
-      judge: what replies.
+      judge: what replies; where several are asked at once, from several threads.
       name: of the judge, with its version; it is part of the result.
       prompts: {key: prompt}.
       answers: {key: text} of what is judged, kept beside the reply.
       parse: raises ValueError for a reply that cannot be read, which is then asked for again.
       tries: how often at most.
-      kept: rows of before; what this judge has replied to the very same prompt is not asked again.
       at_once: how many replies are waited for at a time.
     """
-    kept = {(row["key"], row.get("asked"), row["judge"]): row for row in kept}
-
-    def row(key, prompt):
-        asked = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-        if (key, asked, name) in kept:
-            return dict(kept[key, asked, name])
-        reply = _ask(judge, key, prompt, parse, tries)
-        return {"key": key, "text": answers[key], "judge": name, "asked": asked, "reply": reply}
-
     waiting = deque()
     with ThreadPoolExecutor(at_once) as pool:
         for key, prompt in prompts.items():
-            waiting.append(pool.submit(row, key, prompt))
+            waiting.append((key, pool.submit(_ask, judge, key, prompt, parse, tries)))
             if len(waiting) == at_once:
-                yield waiting.popleft().result()
+                yield _row(name, answers, *waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _row(name, answers, *waiting.popleft())
+
+
+def _row(name, answers, key, reply):
+    return {"key": key, "text": answers[key], "judge": name, "reply": reply.result()}
 
 
 def _ask(judge, key, prompt, parse, tries):

@@ -46,9 +46,7 @@ def questions(data, *, prompts="official") -> list[Question]:
     return asked
 
 
-def ask_judge(
-    data, rows, template, judge: Judge, name: str, *, prompts="official", kept=(), at_once=1
-) -> Iterator[dict]:
+def ask_judge(data, rows, template, judge: Judge, name: str, *, prompts="official", at_once=1) -> Iterator[dict]:
     """Yields the rows of a replay file: what a judge says of each answer.
 
     Args:
@@ -59,7 +57,6 @@ def ask_judge(
       judge: what replies with a rating, such as "Rating: 4".
       name: of the judge, with its version.
       prompts: a name out of `PROMPTS`.
-      kept: rows of before, which are not asked for again where nothing has changed.
       at_once: how many replies are waited for at a time.
     """
     answers = _join(questions(data, prompts=prompts), rows)
@@ -69,7 +66,7 @@ def ask_judge(
         key: fill({**row, "image_content": ", ".join(row["image_content"]), "model_answer": answers[key]})
         for key, row in zip(answers, known, strict=True)
     }
-    yield from record_replies(judge, name, texts, answers, find_ratings, kept=kept, at_once=at_once)
+    yield from record_replies(judge, name, texts, answers, find_ratings, at_once=at_once)
 
 
 def score(data, rows, *, prompts="official", variant="released", replay=None) -> dict:
