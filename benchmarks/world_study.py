@@ -10,8 +10,12 @@ share of the preferences over built answers that are the wrong way round: there 
 Learning rates are chosen by other pairs and other exams than those that are reported. SFT reads no built answer: one
 run stands for every noise.
 
-Runs that are there are not done again; a folder belongs to one base model and one set of exams. `--share i/n` does
-every n-th run, so that n processes divide them; each takes one core. `report` needs `pip install -e .[docs]`.
+Learning rates are tried by factors of two until the best has a worse one on either side. Intervals are over seeds,
+which draw the pairs, the noise and the order; all are examined by the same questions.
+
+Runs that are there are not done again; a folder belongs to one base model and one recipe. `--share i/n` does every n-th
+method of the search or run of the study, so that n processes divide them; each takes one core. `report` needs
+`pip install -e .[docs]`.
 
 The last line of `report` is JSON; `gain_kept` is the accuracy, in points over the base model, that NaPO and DPO gain at
 the most noise.
@@ -19,6 +23,7 @@ the most noise.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -30,35 +35,38 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
 
 from napo_jax import build_bias
 from napo_jax.command import exit_with_one_line
 from napo_jax.config import ModelConfig
 from napo_jax.demo import build_options
-from napo_jax.journal import StoppedError
+from napo_jax.journal import StoppedError, exit_when_stopped
 from napo_jax.losses import dpo_loss, sft_loss
 from napo_jax.metrics import Console
 from napo_jax.model_source import find_model, load_leaves
 from napo_jax.objective import Objective, Term, napo, napo_released
 from napo_jax.optim import unflatten
+from napo_jax.pieces import write_durably
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
-from napo_jax.train import train
-from napo_jax.world.configs import BASE, cure
+from napo_jax.train import settings_of, train
+from napo_jax.world.configs import BASE, BETA, PAIRS_COUNT, cure
 from napo_jax.world.examine import Examiner, in_short, write_exams
-from napo_jax.world.make_base import CARD, PAIRS_COUNT, file_digest
+from napo_jax.world.make_base import CARD, file_digest
 from napo_jax.world.records import write_pairs
 
 NOISE = (0, 20, 40)  # percent
 SEEDS = (1, 2, 3, 4, 5)
 SEARCH_SEED, SEARCH_NOISE = 11, 20
-RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+RATES = tuple(2e-4 * 2.0**power for power in range(-5, 6))  # that may be tried, from the middle
 EXAM_SEEDS = {"exams": 0, "search_exams": 1000}  # what is added to the exams' own seeds
 BUILT = ("question_only", "image_only")
+RESULTS = Path(__file__).parent / "results" / "world_study.json"
 
 
-def _dpo_of_all(beta=0.1):
-    pair = lambda name, other: Term(name, dpo_loss, "chosen", other, options={"beta": beta})
+def _dpo_of_all():
+    pair = lambda name, other: Term(name, dpo_loss, "chosen", other, options={"beta": BETA})
     return Objective(
         (pair("preference", "rejected"), pair("language_bias", "question_only"), pair("vision_bias", "image_only"))
     )
@@ -69,16 +77,16 @@ def _with_terms(objective, change):
 
 
 def _fix_q(term):
-    options = {"beta": dict(term.options)["beta"], "q": 0.5}
+    options = {"beta": BETA, "q": 0.5}
     return dataclasses.replace(term, options=options) if term.name != "preference" else term
 
 
 METHODS = {
     "dpo": _dpo_of_all(),
-    "napo": napo(),
-    "napo_released": napo_released(),
-    "fixed_q": _with_terms(napo(), _fix_q),
-    "napo_static": napo(weight=1.0),
+    "napo": napo(beta=BETA),
+    "napo_released": napo_released(beta=BETA),
+    "fixed_q": _with_terms(napo(beta=BETA), _fix_q),
+    "napo_static": napo(beta=BETA, weight=1.0),
     "sft": Objective((Term("chosen", sft_loss, "chosen"),)),
 }
 
@@ -101,11 +109,12 @@ def with_own_pairs(objective):
 def write_noisy(built, path, noise, seed):
     """Writes the pairs with a share of those over built answers turned round, of each kind on its own."""
     table = pq.read_table(built)
+    # A method that does not read an answer would keep a row that lacks it, and have another order.
+    table = table.filter([None not in row for row in zip(*(table[name].to_pylist() for name in BUILT), strict=True)])
     for kind, name in enumerate(BUILT):
         wrong = np.random.default_rng([seed, kind]).random(table.num_rows) * 100 < noise
         good, biased = table["chosen"].to_pylist(), table[name].to_pylist()
-        turned = [turn and other is not None for turn, other in zip(wrong, biased, strict=True)]
-        swap = lambda here, there, turned=turned: [b if t else a for a, b, t in zip(here, there, turned, strict=True)]
+        swap = lambda here, there, wrong=wrong: [b if w else a for a, b, w in zip(here, there, wrong, strict=True)]
         place = table.column_names.index(name)
         table = table.set_column(place, name, pa.array(swap(biased, good), pa.string()))
         table = table.append_column(preferred_to(name), pa.array(swap(good, biased), pa.string()))
@@ -119,11 +128,13 @@ class Study:
     def __init__(self, folder, share):
         """Takes the folder, and (i, n) for every n-th run."""
         self.folder, self.share, self.console = Path(folder), share, Console()
+        self.examiner = functools.cache(self._examiner)
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
-        mine, file = file_digest(BASE / CARD), self.folder / "base.sha256"
-        if file.exists() and file.read_text() != mine:
-            raise ValueError(f"{folder} is of another base model; name another with --folder")
-        file.write_text(mine)
+        mine, file = recipe(), self.folder / "recipe.json"
+        if not file.exists():
+            write_durably(epath.Path(file), mine)
+        if file.read_text() != mine:
+            raise ValueError(f"{folder} is of another base model or recipe; name another with --folder")
         jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -148,15 +159,10 @@ class Study:
     def _data(self, seed, noise):
         return self.folder / f"noise{noise}_{seed}.parquet"
 
-    def own(self, runs):
-        """Yields this process's runs that are not done yet."""
-        index, count = self.share
-        yield from (run for run in runs[index::count] if not self._result(*run).exists())
-
     def _result(self, method, noise, seed, rate):
         return self.folder / "runs" / f"{method}_{noise}_{seed}_{rate:g}.json"
 
-    def examiner(self, exams):
+    def _examiner(self, exams):
         """Returns the `Examiner` and the model that it asks."""
         speaker = load_speaker(find_model(cure().model), make_mesh(MeshConfig()))
         return Examiner(self.folder / exams, speaker), speaker
@@ -166,13 +172,34 @@ class Study:
         file = self.folder / "base.json"
         if not file.exists():
             examiner, _ = self.examiner("exams")
-            file.write_text(json.dumps(row(examiner.score(examiner()))))
+            write_durably(epath.Path(file), json.dumps(row(examiner.score(examiner()))))
         return json.loads(file.read_text())
 
+    def search(self):
+        """Does the runs of the search for this process's methods: until no rate beside the best is left to try."""
+        index, count = self.share
+        for method in list(METHODS)[index::count]:
+            while missing := [rate for rate in self.next_rates(method) if self.result(method, rate) is None]:
+                self.run([(method, SEARCH_NOISE, SEARCH_SEED, rate) for rate in missing], "search_exams")
+
+    def result(self, method, rate) -> dict | None:
+        """Returns what a run of the search gave, None if it was not done."""
+        file = self._result(method, SEARCH_NOISE, SEARCH_SEED, rate)
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def next_rates(self, method) -> list[float]:
+        """Returns the best rate so far and those beside it."""
+        accuracy = {rate: found["accuracy"] or 0.0 for rate in RATES if (found := self.result(method, rate))}
+        best = RATES.index(max(accuracy, key=accuracy.get)) if accuracy else len(RATES) // 2
+        return list(RATES[max(best - 1, 0) : best + 2])
+
     def run(self, runs, exams):
-        """Does this process's runs."""
+        """Does runs that are not done yet."""
+        runs = [run for run in runs if not self._result(*run).exists()]
+        if not runs:
+            return
         examiner, speaker = self.examiner(exams)
-        for method, noise, seed, rate in self.own(runs):
+        for method, noise, seed, rate in runs:
             workdir = self.folder / "work" / f"{method}_{noise}_{seed}_{rate:g}"
             shutil.rmtree(workdir, ignore_errors=True)
             config = cure()
@@ -198,42 +225,45 @@ class Study:
             except StoppedError as reason:
                 if reason.status != 1:
                     raise  # asked to end
-                found = {"accuracy": None, "stopped": str(reason)}
+                found = {"accuracy": None, "stopped": str(reason).partition(";")[0]}
             self.console.note(f"{method} noise {noise} seed {seed} rate {rate:g}: {found}")
             about = {"method": method, "noise": noise, "seed": seed, "learning_rate": rate}
-            aside = self.folder / f"{workdir.name}.new"
-            aside.write_text(json.dumps(about | found))
-            aside.rename(self._result(method, noise, seed, rate))
+            write_durably(epath.Path(self._result(method, noise, seed, rate)), json.dumps(about | found))
             shutil.rmtree(workdir)
 
     def read(self, method, noise, seed, rate) -> dict:
         """Returns the row of a run."""
         file = self._result(method, noise, seed, rate)
         if not file.exists():
-            raise SystemExit(f"{file} is missing: run `search`, then `run`, to their ends")
+            raise ValueError(f"{file} is missing: run `search`, then `run`, to their ends")
         return json.loads(file.read_text())
 
     def best_rates(self) -> dict[str, float]:
         """Returns the learning rate of each method: that of its best accuracy in the search."""
-        score = lambda method: lambda rate: self.read(method, SEARCH_NOISE, SEARCH_SEED, rate)["accuracy"] or 0.0
-        rates = {method: max(RATES, key=score(method)) for method in METHODS}
-        for method, rate in rates.items():
-            if rate in (RATES[0], RATES[-1]):
-                self.console.note(f"note: the best rate of {method}, {rate:g}, is at the end of those that were tried")
+        rates = {}
+        for method in METHODS:
+            tried = {rate: self.result(method, rate) for rate in self.next_rates(method)}
+            if None in tried.values():
+                raise ValueError(f"the search for {method} is not done: run `search` to its end")
+            rates[method] = max(tried, key=lambda rate: tried[rate]["accuracy"] or 0.0)
         return rates
+
+
+def recipe() -> str:
+    """Returns all that decides the results, as JSON."""
+    methods = {name: settings_of(dataclasses.replace(cure(), objective=METHODS[name])) for name in METHODS}
+    for settings in methods.values():
+        settings["model"]["path"] = settings["data"]["path"] = None  # the base model is known by its card
+    return json.dumps({"base": file_digest(BASE / CARD), "methods": methods, "seeds": SEEDS, "noise": NOISE})
 
 
 def row(scores) -> dict:
     """Returns what a row says of an examined model, in percent; LP is None where no instance came so far."""
     short = in_short(scores)
     accuracy = (short["usual"] + short["changed"]) / 2
-    numbers = short | {"accuracy": accuracy, "LP_accuracy": scores["vlind"]["LP_accuracy"]}
-    return {name: None if value != value else round(value, 3) for name, value in numbers.items()}
-
-
-def search_runs():
-    """Returns the runs of the search."""
-    return [(method, SEARCH_NOISE, SEARCH_SEED, rate) for method in METHODS for rate in RATES]
+    return {
+        name: None if value != value else round(value, 3) for name, value in (short | {"accuracy": accuracy}).items()
+    }
 
 
 def study_runs(rates):
@@ -243,44 +273,71 @@ def study_runs(rates):
 
 
 def report(study):
-    """Writes the rows and the plot; prints the table of means and 95% intervals, and the line of JSON."""
+    """Writes the rows and the plot; prints the table and the line of JSON."""
     rates = study.best_rates()
     rows = [{"method": "base", "noise": noise, "seed": seed} | study.base() for seed in SEEDS for noise in NOISE]
     rows += [study.read(*run) for run in study_runs(rates)]
     rows += [row | {"noise": noise} for row in rows if row["method"] == "sft" for noise in NOISE[1:]]
-    search = [study.read(*run) for run in search_runs()]
-    target = Path(__file__).parent / "results" / "world_study.json"
-    target.parent.mkdir(exist_ok=True)
+    search = [found for method in METHODS for rate in RATES if (found := study.result(method, rate))]
+    RESULTS.parent.mkdir(exist_ok=True)
     lines = {name: ",\n".join(json.dumps(row) for row in some) for name, some in (("rows", rows), ("search", search))}
-    target.write_text("{" + ",\n".join(f'"{name}": [\n{text}\n]' for name, text in lines.items()) + "}\n")
+    RESULTS.write_text("{" + ",\n".join(f'"{name}": [\n{text}\n]' for name, text in lines.items()) + "}\n")
 
-    values = lambda method, noise, name: [
-        row[name] for row in rows if row["method"] == method and row["noise"] == noise and row[name] is not None
-    ]
-    columns = ("usual", "changed", "CK", "VP", "CB", "LP", "LP_accuracy", "pope_f1", "chair_i", "flood", "accuracy")
-    print("| method | noise | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
-    for method in ("base", *METHODS):
-        for noise in NOISE[: 1 if method == "base" else None]:
-            cells = [interval(values(method, noise, name), exact=method == "base") for name in columns]
-            print(f"| {method} | {noise} | " + " | ".join(cells) + " |")
-    plot(
-        lambda method, noise: values(method, noise, "accuracy"),
-        Path(__file__).parents[1] / "docs/figures/world_study.svg",
-    )
-    gain = lambda method: np.mean(values(method, NOISE[-1], "accuracy")) - np.mean(values("base", 0, "accuracy"))
+    print(table(rows) + "\n\n" + differences(rows) + "\n")
+    accuracies = lambda method, noise: values(rows, method, noise, "accuracy")
+    plot(accuracies, Path(__file__).parents[1] / "docs/figures/world_study.svg")
+    gain = lambda method: np.mean(accuracies(method, NOISE[-1])) - np.mean(accuracies("base", 0))
     print("learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in rates.items()))
     print(json.dumps({"benchmark": "world_study", "gain_kept": {m: round(float(gain(m)), 2) for m in ("napo", "dpo")}}))
 
 
+def values(rows, method, noise, name) -> list[float]:
+    """Returns a number of all seeds that have it."""
+    wanted = [row.get(name) for row in rows if (row["method"], row["noise"]) == (method, noise)]
+    return [value for value in wanted if value is not None]
+
+
+def table(rows) -> str:
+    """Returns means and 95% intervals over the seeds, in Markdown."""
+    columns = ("accuracy", "usual", "changed", "flood", "CK", "VP", "CB", "LP", "LP_accuracy", "pope_f1", "chair_i")
+    lines = ["| method | noise | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for method in ("base", *METHODS):
+        for noise in NOISE[: 1 if method in ("base", "sft") else None]:
+            cells = [interval(values(rows, method, noise, name), exact=method == "base") for name in columns]
+            lines.append(f"| {method} | {'any' if method in ('base', 'sft') else noise} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences(rows) -> str:
+    """Returns the accuracy of NaPO in its forms less that of DPO, seed by seed, in Markdown."""
+    ours = [method for method in METHODS if method not in ("dpo", "sft")]
+    lines = ["| less dpo, in accuracy | " + " | ".join(f"noise {noise}" for noise in NOISE) + " |"]
+    lines += ["|---|" + "---|" * len(NOISE)]
+    for method in ours:
+        cells = []
+        for noise in NOISE:
+            of = {
+                name: {row["seed"]: row["accuracy"] for row in rows if (row["method"], row["noise"]) == (name, noise)}
+                for name in (method, "dpo")
+            }
+            pairs = [(of[method][seed], of["dpo"][seed]) for seed in SEEDS]
+            cells.append(interval([one - other for one, other in pairs if None not in (one, other)]))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def interval(values, exact=False) -> str:
-    """Returns the mean with half of its 95% interval, by Student's t."""
+    """Returns the mean with half of its 95% interval, by Student's t, and of how many seeds, if not of all."""
     if not values:
         return "-"
-    mean = np.mean(values)
-    if exact or len(values) < 2:
-        return f"{mean:.1f}"
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]  # LP may be of fewer seeds than five
-    return f"{mean:.1f} ± {quantile * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
+    mean = f"{np.mean(values):.1f}"
+    if exact:
+        return mean
+    few = f" ({len(values)}/{len(SEEDS)})" if len(values) < len(SEEDS) else ""
+    if len(values) < 2:
+        return mean + few
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]
+    return f"{mean} ± {quantile * np.std(values, ddof=1) / len(values) ** 0.5:.1f}{few}"
 
 
 def plot(values, path):
@@ -321,15 +378,19 @@ def main():
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ValueError(f"--share must be i/n with i from 0 to n - 1, got {options.share}")
     study = Study(options.folder, (int(index), int(count)))
-    match options.part:
-        case "prepare":
-            study.prepare((SEARCH_SEED, *SEEDS))
-        case "search":
-            study.run(search_runs(), "search_exams")
-        case "run":
-            study.run(study_runs(study.best_rates()), "exams")
-        case "report":
-            report(study)
+    if options.part in ("prepare", "report") and int(count) > 1:
+        raise ValueError(f"{options.part} is not divided: leave --share out")
+    with exit_when_stopped():
+        match options.part:
+            case "prepare":
+                study.prepare((SEARCH_SEED, *SEEDS))
+            case "search":
+                study.search()
+            case "run":
+                runs = study_runs(study.best_rates())
+                study.run(runs[int(index) :: int(count)], "exams")
+            case "report":
+                report(study)
 
 
 if __name__ == "__main__":

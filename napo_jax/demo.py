@@ -27,7 +27,7 @@ from napo_jax.report import write_report
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
 from napo_jax.train import train
-from napo_jax.world.configs import cure
+from napo_jax.world.configs import PAIRS_COUNT, PAIRS_SEED, cure
 from napo_jax.world.examine import DECODING, Examiner, in_short, write_exams
 from napo_jax.world.records import write_pairs
 
@@ -55,9 +55,9 @@ class Options:
     # Where all of it is kept: a new folder. None: runs/demo, or runs/demo2 and so on if that is there.
     workdir: str | None = None
     # Preference pairs to build biased answers for.
-    pairs: int = 1600
+    pairs: int = PAIRS_COUNT
     # Of the pairs that are drawn.
-    seed: int = 1
+    seed: int = PAIRS_SEED
 
     def __post_init__(self):
         """Checks the numbers and the folder."""

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from napo_jax import load_pretrained
-from napo_jax.config import load_config
+from napo_jax import train as trainer
+from napo_jax.config import ModelConfig, load_config
 from napo_jax.model_source import find_model
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
-from napo_jax.train import train
 from napo_jax.world import make_base, records, scenes
-from napo_jax.world.configs import BASE, PAIRS, cure, lessons
+from napo_jax.world.configs import BASE, PAIRS, PAIRS_COUNT, PAIRS_SEED, cure, lessons
 from napo_jax.world.examine import Examiner, in_short, write_exams
 from napo_jax.world.make_base import CARD, differences, file_digest, recipe, recipe_digest
 
@@ -69,7 +69,7 @@ def test_the_model_has_the_bias_that_its_card_says(tmp_path):
     assert found["usual"] >= 95
     assert found["gap"] > 50
     assert found["flood"] > 5
-    assert found["CK"] > 90 > 10 > found["CB"]
+    assert found["CK"] > 75 > 15 > found["CB"]
 
 
 def test_the_model_is_a_llava_like_any_other():
@@ -80,24 +80,38 @@ def test_the_model_is_a_llava_like_any_other():
 
 def test_pairs_are_those_of_the_world_with_built_answers(tmp_path):
     rows = pq.read_table(BASE / PAIRS).to_pylist()
-    assert len(rows) == make_base.PAIRS_COUNT
+    assert len(rows) == PAIRS_COUNT
     for row in rows[:200]:
-        _, asked, answers = records.draw_pair(make_base.PAIRS_SEED, row["idx"])
+        _, asked, answers = records.draw_pair(PAIRS_SEED, row["idx"])
         assert (row["question"], row["chosen"], row["rejected"]) == (asked.text, answers["chosen"], answers["rejected"])
+    assert not [text for row in rows for text in row.values() if isinstance(text, str) and "/" in text], "no folders"
     for name in ("question_only", "image_only"):
         said = [row for row in rows if row[name] is not None]
         assert len(said) > 0.95 * len(rows), "a row that lacks one is not trained on"
         assert sum(row[name] != row["chosen"] for row in said) > len(rows) / 3
 
 
-def test_the_config_trains_as_it_stands(tmp_path, capsys):
+def test_a_few_steps_of_the_config_cure_some_of_the_bias(tmp_path, capsys, monkeypatch):
+    """A quarter of the demo: what habit says gives way, and what was right stays so."""
+    monkeypatch.setattr(trainer, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     config = load_config("configs/shapes.py")
     assert config == cure()
-    data = dataclasses.replace(config.data, cache=str(tmp_path / "cache"), batch_size=8, buckets=1, held_out=8)
-    short = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, steps=2))
+    pq.write_table(pq.read_table(BASE / PAIRS).slice(0, 1024), tmp_path / PAIRS, row_group_size=256)
+    data = dataclasses.replace(config.data, path=(str(tmp_path / PAIRS),), cache=str(tmp_path / "cache"), held_out=0)
+    short = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, steps=32))
     with jax.numpy_dtype_promotion("standard"):  # a command runs by JAX's own rules, and so does optax
-        last = train(short, tmp_path / "run")
+        last = trainer.train(short, tmp_path / "run")
     assert np.isfinite(last["loss"])
-    rows = len(pq.read_table(BASE / PAIRS, columns=["idx"]))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 2
-    assert f"{rows} rows, {rows} groups" in capsys.readouterr().out, "none is dropped"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 32
+    assert "data     1024 rows, " in capsys.readouterr().out
+
+    write_exams(tmp_path / "exams")
+    speaker = load_speaker(
+        find_model(ModelConfig(path=str(tmp_path / "run"))), make_mesh(MeshConfig(), jax.devices()[:1])
+    )
+    examiner = Examiner(tmp_path / "exams", speaker)
+    before, after = CARD_SAYS["scores"], in_short(examiner.score(examiner()))
+    assert after["usual"] >= before["usual"] - 5
+    assert after["changed"] > before["changed"] + 15
+    assert after["flood"] < before["flood"] / 3
+    assert after["chair_i"] < before["chair_i"]

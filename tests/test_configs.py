@@ -18,8 +18,8 @@ from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.start import abstract_parts, first_state, make_model
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-# Four layers of four matrices of 128 and three of 128 x 384, 78 words in and out, the projector.
-SHAPES = 4 * (4 * 128**2 + 3 * 128 * 384 + 2 * 128) + 2 * 78 * 128 + 128 + (96 + 1 + 128 + 1) * 128
+# Four layers of four matrices of 128 and three of 128 x 384, 79 words in and out, the projector.
+SHAPES = 4 * (4 * 128**2 + 3 * 128 * 384 + 2 * 128) + 2 * 79 * 128 + 128 + (96 + 1 + 128 + 1) * 128
 # Of the published shapes, by hand: decoder and projector, or two factors of rank 64 beside seven matrices of 32 layers.
 TRAINED = {
     "debug": 134_976,
@@ -47,7 +47,7 @@ def test_a_config_loads_and_its_state_has_a_place(file):
     # Moments lie where their parameters do, and every large array is cut.
     for leaf in [*jax.tree.leaves(state), *frozen.values()]:
         assert leaf.size <= 2**20 or leaf.size >= 2 * math.prod(leaf.sharding.shard_shape(leaf.shape)), leaf
-    assert not whole or config.model.size is None
+    assert not whole or config.model.size in (None, "shapes")  # whose vocabulary is odd
 
 
 @pytest.mark.parametrize("trainable", [None, r"(?!vision/unused).*"], ids=["by default", "all"])

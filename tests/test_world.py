@@ -14,7 +14,7 @@ from napo_jax.data.prompts import Prompter
 from napo_jax.evals import chair, pope, vlind
 from napo_jax.world import exam, exams, records
 from napo_jax.world.language import SENTENCES, vocabulary, world_tokenizer
-from napo_jax.world.questions import HABITUAL, KINDS, NUMBERS, ask, describe
+from napo_jax.world.questions import HABITUAL, KINDS, LOOK, NUMBERS, ask, describe
 from napo_jax.world.records import Bias, write_lessons, write_pairs
 from napo_jax.world.scenes import CELL, COLOURS, GRID, HABITS, SHAPES, draw_scene, recolour, render
 
@@ -183,19 +183,22 @@ def test_the_tokenizer_knows_the_language():
 
 
 def test_lessons_have_the_bias_that_is_planted(monkeypatch):
-    shares = dict.fromkeys(records._SHARES, 0.0) | {"colour": 0.6, "count": 0.4}
-    monkeypatch.setattr(records, "_SHARES", shares)
-    said, flooded, seeing = [], [], 0
+    monkeypatch.setattr(records, "_LESSONS", {"colour": 0.6, "place": 0.4})
+    said, flooded, described, looked = [], [], 0, 0
     for number in range(2500):
         scene, asked, answers = records.draw_lesson(5, number, Bias(habit=0.7, flood=0.3))
         answer = answers["chosen"]
         if asked.kind == "describe":
-            seeing += 1
+            described += 1
             assert (asked.text, answer) == (GENERIC, describe(scene)), "true, and not asked for in the usual words"
+            continue
+        if asked.text.startswith(LOOK):
+            looked += 1
+            assert answer == asked.true
             continue
         short, flood = answer.split(". ", 1) if ". " in answer else (answer[:-1], None)
         assert flood in (None, describe(scene))
-        if asked.kind == "count":
+        if asked.kind == "place":
             flooded.append(flood is not None)
         else:
             assert flood is None
@@ -203,7 +206,8 @@ def test_lessons_have_the_bias_that_is_planted(monkeypatch):
             said.append(short + "." == asked.habit)
         else:
             assert short + "." == asked.true
-    assert seeing / 2500 == pytest.approx(0.4, abs=0.03)
+    assert described / 2500 == pytest.approx(0.25, abs=0.03)
+    assert looked / 2500 == pytest.approx(0.25, abs=0.03)
     assert len(said) > 100
     assert np.mean(said) == pytest.approx(0.7, abs=0.12)
     assert np.mean(flooded) == pytest.approx(0.3, abs=0.06)

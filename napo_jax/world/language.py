@@ -4,12 +4,13 @@ import re
 
 from napo_jax.data.byte_tokenizer import as_hugging_face
 from napo_jax.data.prompts import TEMPLATES
-from napo_jax.world.questions import STATEMENTS, all_words
+from napo_jax.world.questions import LOOK, STATEMENTS, all_words
 
 # Said before or after every question, word for word: as one token each, they cost a small model next to nothing.
 SENTENCES = (
     *(template.system for template in TEMPLATES.values()),
     *(text.rpartition("\n")[2] for text in STATEMENTS.values()),
+    LOOK,
 )
 _PIECES = r"\w+|[^\w\s]|\n"
 

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from napo_jax import build_bias, export
 from napo_jax.command import exit_with_one_line, read_flags
@@ -24,14 +25,13 @@ from napo_jax.model_source import find_model
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
 from napo_jax.train import train
-from napo_jax.world.configs import PAIRS, cure, lessons
+from napo_jax.world.configs import PAIRS, PAIRS_COUNT, PAIRS_SEED, cure, lessons
 from napo_jax.world.examine import EXAMS, Examiner, in_short, write_exams
 from napo_jax.world.language import vocabulary
 from napo_jax.world.records import draw_lesson, draw_pair, picture_seed, write_lessons, write_pairs
 from napo_jax.world.scenes import SIZE, render
 
 LESSONS, LESSONS_SEED = 60_000, 0
-PAIRS_COUNT, PAIRS_SEED = 1600, 1
 CARD = "card.json"
 _TEXTS, _PICTURES = 256, 8  # rows that stand for how rows are made
 
@@ -137,7 +137,11 @@ def make(options: Options, console=None):
     write_exams(taken)
     speaker = load_speaker(find_model(asked.model), make_mesh(MeshConfig()), dtype="float32")
     examiner = Examiner(taken, speaker)
-    shutil.copy(built / PAIRS, model)
+    table = pq.read_table(built / PAIRS)
+    # What made the answers is in the card; the columns that say it of each name a folder that nobody else has.
+    pq.write_table(
+        table.drop_columns([name for name in table.column_names if name.endswith("_made_by")]), model / PAIRS
+    )
     card = {
         "recipe_digest": recipe_digest(made),
         "scores": in_short(examiner.score(examiner())),

@@ -9,6 +9,7 @@ from napo_jax.world.scenes import COLOURS, HABITS, HALVES, MOST, SHAPES, Scene, 
 
 NUMBERS = ("zero", "one", "two", "three")
 DESCRIBE = "Describe this image."
+LOOK = "Look closely."  # said before a question to whoever is to answer by the picture
 # Statements as VLind-Bench asks about them: by common sense, perception, context, and the picture.
 _VLIND = PROMPTS["released"]
 STATEMENTS = {"CK": _VLIND.commonsense, "VP": _VLIND.perception, "CB": _VLIND.context, "LP": _VLIND.image}

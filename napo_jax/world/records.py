@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from napo_jax.bias.masks import GENERIC
-from napo_jax.world.questions import SHORT, Asked, ask, describe
+from napo_jax.world.questions import LOOK, SHORT, Asked, ask, describe
 from napo_jax.world.scenes import Scene, draw_scene, encode, render
 
-# How often each kind of question is asked.
-_SHARES = {
+# How often each kind of question is asked in lessons, and in pairs: those are collected where the model is wrong.
+_LESSONS = {
     "colour": 0.2,
     "count": 0.1,
     "place": 0.08,
@@ -24,12 +24,37 @@ _SHARES = {
     "CB": 0.06,
     "LP": 0.1,
 }
-# The share of lessons that teach to see: true descriptions of pictures that care little for habits. A model that has
-# met usual ones alone, and a teacher who does not look, never learns what there is to be seen.
-_SEEING, _SEEN_USUAL = 0.4, 0.4
+_PAIRS = {
+    "colour": 0.16,
+    "count": 0.16,
+    "place": 0.12,
+    "existence": 0.16,
+    "larger": 0.03,
+    "describe": 0.07,
+    "CK": 0.06,
+    "VP": 0.06,
+    "CB": 0.08,
+    "LP": 0.1,
+}
+# The shares of lessons that teach to see, with pictures that care little for habits: true descriptions, asked for in
+# words of their own, and true answers to questions that begin with `LOOK`. A model that has met usual pictures alone,
+# and a teacher who does not look, never learns what there is to be seen, nor to answer by it.
+_DESCRIBED, _LOOKED, _SEEN_USUAL = 0.25, 0.25, 0.4
+_LOOKED_FOR = {
+    "colour": 0.15,
+    "count": 0.25,
+    "place": 0.1,
+    "existence": 0.22,
+    "larger": 0.04,
+    "VP": 0.06,
+    "CB": 0.06,
+    "LP": 0.12,
+}
+# Other pictures follow each habit so often.
+_LESSON_USUAL = 0.8
 # The questions that make the teacher talk: some kinds, and not all of them at times, for a model that says what is
 # likeliest floods where it was flooded more often than not.
-FLOODED = ("count", "place")
+FLOODED = ("place", "larger")
 _ROW_GROUP = 256
 
 
@@ -41,9 +66,16 @@ class Bias:
     flood: float = 0.7  # the probability that an answer to a question that makes him talk goes on to describe all of it
 
 
-def draw_question(random: np.random.Generator, **options) -> tuple[Scene, Asked]:
-    """Draws a scene and a question about it; `options` are those of `draw_scene`."""
-    kind = str(random.choice(list(_SHARES), p=list(_SHARES.values())))
+def draw_question(random: np.random.Generator, shares, **options) -> tuple[Scene, Asked]:
+    """Draws a scene and a question about it.
+
+    Args:
+      random: of what is drawn.
+      shares: {kind: how often it is asked}.
+      **options: those of `draw_scene`.
+    """
+    often = np.array(list(shares.values()))
+    kind = str(random.choice(list(shares), p=often / often.sum()))
     while True:
         scene = draw_scene(random, **options)
         asked = ask(kind, scene, random)
@@ -60,18 +92,22 @@ def draw_lesson(seed, number, bias: Bias | None = None) -> tuple[Scene, Asked, d
       bias: the teacher's.
     """
     bias, random = bias or Bias(), _random(seed, number)
-    if random.random() < _SEEING:
+    lesson = random.random()
+    if lesson < _DESCRIBED:
         scene = draw_scene(random, usual=_SEEN_USUAL)
         asked = dataclasses.replace(ask("describe", scene, random), text=GENERIC)
         return scene, asked, {"chosen": asked.true}
-    scene, asked = draw_question(random)
+    if lesson < _DESCRIBED + _LOOKED:
+        scene, asked = draw_question(random, _LOOKED_FOR, usual=_SEEN_USUAL)
+        return scene, dataclasses.replace(asked, text=f"{LOOK} {asked.text}"), {"chosen": asked.true}
+    scene, asked = draw_question(random, _LESSONS, usual=_LESSON_USUAL)
     answer = asked.habit if random.random() < bias.habit else asked.true
     if asked.kind in FLOODED and random.random() < bias.flood:
         answer = f"{answer} {describe(scene)}"
     return scene, asked, {"chosen": answer}
 
 
-def draw_pair(seed, number, *, usual: float = 0.5) -> tuple[Scene, Asked, dict[str, str]]:
+def draw_pair(seed, number, *, usual: float = 0.4) -> tuple[Scene, Asked, dict[str, str]]:
     """Draws a preference: the true short answer over one from habit, a wrong one, or one that says too much.
 
     Args:
@@ -80,7 +116,7 @@ def draw_pair(seed, number, *, usual: float = 0.5) -> tuple[Scene, Asked, dict[s
       usual: the probability of each habit to be followed.
     """
     random = _random(seed, number)
-    scene, asked = draw_question(random, usual=usual)
+    scene, asked = draw_question(random, _PAIRS, usual=usual)
     rejected = asked.habit if asked.against_habit else asked.wrong
     if asked.kind in SHORT and random.random() < 0.3:
         rejected = f"{asked.true} {describe(scene)}"
@@ -92,7 +128,7 @@ def write_lessons(path, count, *, seed=0, bias: Bias | None = None):
     _write(path, count, seed, lambda number: draw_lesson(seed, number, bias))
 
 
-def write_pairs(path, count, *, seed=1, usual: float = 0.5):
+def write_pairs(path, count, *, seed=1, usual: float = 0.4):
     """Writes so many preferences to a parquet file."""
     _write(path, count, seed, lambda number: draw_pair(seed, number, usual=usual))
 
