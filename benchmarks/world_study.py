@@ -58,6 +58,7 @@ from napo_jax.world.records import write_pairs
 
 NOISE = (0, 20, 40)  # percent
 SEEDS = (1, 2, 3, 4, 5)
+STEPS = 60  # half of the demo's: enough to tell methods apart, and a hundred runs take little more than an hour
 SEARCH_SEED, SEARCH_NOISE = 11, 20
 RATES = tuple(2e-4 * 2.0**power for power in range(-5, 6))  # that may be tried, from the middle
 EXAM_SEEDS = {"exams": 0, "search_exams": 1000}  # what is added to the exams' own seeds
@@ -202,21 +203,14 @@ class Study:
         for method, noise, seed, rate in runs:
             workdir = self.folder / "work" / f"{method}_{noise}_{seed}_{rate:g}"
             shutil.rmtree(workdir, ignore_errors=True)
-            config = cure()
+            config, files = (
+                config_of(method),
+                {"path": (str(self._data(seed, noise)),), "cache": f"{self.folder}/cache"},
+            )
             config = dataclasses.replace(
                 config,
-                data=dataclasses.replace(
-                    config.data,
-                    path=(str(self._data(seed, noise)),),
-                    columns={preferred_to(name): preferred_to(name) for name in BUILT},
-                    cache=str(self.folder / "cache"),
-                    seed=seed,
-                    buckets=1,  # so that the order is the same, whatever answers a method reads
-                    held_out=0,
-                ),
+                data=dataclasses.replace(config.data, **files, seed=seed),
                 optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
-                train=dataclasses.replace(config.train, log_every=20),
-                objective=with_own_pairs(METHODS[method]),
             )
             try:
                 train(config, workdir, self.console)
@@ -249,11 +243,24 @@ class Study:
         return rates
 
 
+def config_of(method):
+    """Returns what a method's runs have in common."""
+    config = cure()
+    data = dataclasses.replace(
+        config.data,
+        columns={preferred_to(name): preferred_to(name) for name in BUILT},
+        buckets=1,  # so that the order is the same, whatever answers a method reads
+        held_out=0,
+    )
+    steps = dataclasses.replace(config.train, steps=STEPS, log_every=20)
+    return dataclasses.replace(config, data=data, train=steps, objective=with_own_pairs(METHODS[method]))
+
+
 def recipe() -> str:
     """Returns all that decides the results, as JSON."""
-    methods = {name: settings_of(dataclasses.replace(cure(), objective=METHODS[name])) for name in METHODS}
+    methods = {method: settings_of(config_of(method)) for method in METHODS}
     for settings in methods.values():
-        settings["model"]["path"] = settings["data"]["path"] = None  # the base model is known by its card
+        settings["model"]["path"] = settings["data"]["path"] = None  # their places; the card says what they are
     return json.dumps({"base": file_digest(BASE / CARD), "methods": methods, "seeds": SEEDS, "noise": NOISE})
 
 
