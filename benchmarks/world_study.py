@@ -58,7 +58,7 @@ from napo_jax.world.records import write_pairs
 
 NOISE = (0, 20, 40)  # percent
 SEEDS = (1, 2, 3, 4, 5)
-STEPS = 60  # half of the demo's: enough to tell methods apart, and a hundred runs take little more than an hour
+STEPS = 60  # half of the demo's, for there are a hundred runs
 SEARCH_SEED, SEARCH_NOISE = 11, 20
 RATES = tuple(2e-4 * 2.0**power for power in range(-5, 6))  # that may be tried, from the middle
 EXAM_SEEDS = {"exams": 0, "search_exams": 1000}  # what is added to the exams' own seeds
@@ -126,9 +126,9 @@ def write_noisy(built, path, noise, seed):
 class Study:
     """The runs, in a folder."""
 
-    def __init__(self, folder, share):
-        """Takes the folder, and (i, n) for every n-th run."""
-        self.folder, self.share, self.console = Path(folder), share, Console()
+    def __init__(self, folder):
+        """Takes the folder."""
+        self.folder, self.console = Path(folder), Console()
         self.examiner = functools.cache(self._examiner)
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         mine, file = recipe(), self.folder / "recipe.json"
@@ -136,8 +136,6 @@ class Study:
             write_durably(epath.Path(file), mine)
         if file.read_text() != mine:
             raise ValueError(f"{folder} is of another base model or recipe; name another with --folder")
-        jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     def prepare(self, seeds):
         """Writes the exams, the pairs with their built answers, and their noise, where they are not there yet."""
@@ -176,10 +174,9 @@ class Study:
             write_durably(epath.Path(file), json.dumps(row(examiner.score(examiner()))))
         return json.loads(file.read_text())
 
-    def search(self):
-        """Does the runs of the search for this process's methods: until no rate beside the best is left to try."""
-        index, count = self.share
-        for method in list(METHODS)[index::count]:
+    def search(self, methods):
+        """Does the runs of the search for some methods: until no rate beside the best is left to try."""
+        for method in methods:
             while missing := [rate for rate in self.next_rates(method) if self.result(method, rate) is None]:
                 self.run([(method, SEARCH_NOISE, SEARCH_SEED, rate) for rate in missing], "search_exams")
 
@@ -203,10 +200,8 @@ class Study:
         for method, noise, seed, rate in runs:
             workdir = self.folder / "work" / f"{method}_{noise}_{seed}_{rate:g}"
             shutil.rmtree(workdir, ignore_errors=True)
-            config, files = (
-                config_of(method),
-                {"path": (str(self._data(seed, noise)),), "cache": f"{self.folder}/cache"},
-            )
+            config = config_of(method)
+            files = {"path": (str(self._data(seed, noise)),), "cache": f"{self.folder}/cache"}
             config = dataclasses.replace(
                 config,
                 data=dataclasses.replace(config.data, **files, seed=seed),
@@ -384,18 +379,19 @@ def main():
     index, _, count = options.share.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ValueError(f"--share must be i/n with i from 0 to n - 1, got {options.share}")
-    study = Study(options.folder, (int(index), int(count)))
+    study, own = Study(options.folder), slice(int(index), None, int(count))
     if options.part in ("prepare", "report") and int(count) > 1:
         raise ValueError(f"{options.part} is not divided: leave --share out")
+    jax.config.update("jax_compilation_cache_dir", str(study.folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with exit_when_stopped():
         match options.part:
             case "prepare":
                 study.prepare((SEARCH_SEED, *SEEDS))
             case "search":
-                study.search()
+                study.search(list(METHODS)[own])
             case "run":
-                runs = study_runs(study.best_rates())
-                study.run(runs[int(index) :: int(count)], "exams")
+                study.run(study_runs(study.best_rates())[own], "exams")
             case "report":
                 report(study)
 

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that tests start: libtpu, where installed, finds no TPU
 
@@ -33,4 +34,5 @@ _LONG = (
 
 
 def pytest_collection_modifyitems(items):
+    assert all((Path(__file__).parent / name).exists() for name in _LONG)
     items.sort(key=lambda item: item.path.name not in _LONG)

@@ -98,7 +98,7 @@ def test_an_interval_by_hand(study):
 
 def test_the_search_goes_on_until_the_best_rate_is_between_others(study, tmp_path, monkeypatch):
     accuracy = {rate: 50.0 - abs(number - 8) for number, rate in enumerate(study.RATES)}  # far from the middle
-    one, done = study.Study(tmp_path, (0, 1)), []
+    one, done = study.Study(tmp_path), []
 
     def run(runs, exams):
         for method, noise, seed, rate in runs:
@@ -110,9 +110,9 @@ def test_the_search_goes_on_until_the_best_rate_is_between_others(study, tmp_pat
     monkeypatch.setattr(one, "run", run)
     with pytest.raises(ValueError, match="the search for dpo is not done"):
         one.best_rates()
-    one.search()
+    one.search(study.METHODS)
     assert one.best_rates() == dict.fromkeys(study.METHODS, study.RATES[8])
     assert len(done) == len(set(done)) == 6 * len(study.METHODS)  # from the 5th to the 10th
     monkeypatch.setattr(study, "SEEDS", (1, 2))
     with pytest.raises(ValueError, match="of another base model or recipe"):
-        study.Study(tmp_path, (0, 1))
+        study.Study(tmp_path)

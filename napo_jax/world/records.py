@@ -50,8 +50,8 @@ _LOOKED_FOR = {
     "CB": 0.06,
     "LP": 0.12,
 }
-# Other pictures follow each habit so often.
-_LESSON_USUAL = 0.8
+# Other pictures follow each habit so often: those of lessons, and those of pairs.
+_LESSON_USUAL, _PAIR_USUAL = 0.8, 0.4
 # The questions that make the teacher talk: some kinds, and not all of them at times, for a model that says what is
 # likeliest floods where it was flooded more often than not.
 FLOODED = ("place", "larger")
@@ -107,7 +107,7 @@ def draw_lesson(seed, number, bias: Bias | None = None) -> tuple[Scene, Asked, d
     return scene, asked, {"chosen": answer}
 
 
-def draw_pair(seed, number, *, usual: float = 0.4) -> tuple[Scene, Asked, dict[str, str]]:
+def draw_pair(seed, number, *, usual: float = _PAIR_USUAL) -> tuple[Scene, Asked, dict[str, str]]:
     """Draws a preference: the true short answer over one from habit, a wrong one, or one that says too much.
 
     Args:
@@ -128,7 +128,7 @@ def write_lessons(path, count, *, seed=0, bias: Bias | None = None):
     _write(path, count, seed, lambda number: draw_lesson(seed, number, bias))
 
 
-def write_pairs(path, count, *, seed=1, usual: float = 0.4):
+def write_pairs(path, count, *, seed=1, usual: float = _PAIR_USUAL):
     """Writes so many preferences to a parquet file."""
     _write(path, count, seed, lambda number: draw_pair(seed, number, usual=usual))
 
