@@ -64,9 +64,9 @@ def open_dataset(file, cache, threads):
     from napo_jax.config import DataConfig
     from napo_jax.data import dataset
     from napo_jax.data.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
+    from napo_jax.methods import napo
     from napo_jax.models import LlavaConfig
     from napo_jax.models.llama import LlamaConfig
-    from napo_jax.objective import napo
 
     model = LlavaConfig(text=LlamaConfig(vocab_size=BYTE_VOCABULARY))
     config = DataConfig(path=(str(file),), cache=str(cache), batch_size=BATCH, threads=threads)

@@ -1,7 +1,7 @@
 """A tiny random model on made-up records: to see that everything runs, in seconds."""
 
 from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from napo_jax.objective import napo
+from napo_jax.methods import napo
 from napo_jax.optim import OptimizerConfig
 
 

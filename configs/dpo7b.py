@@ -1,7 +1,7 @@
 """DPO on LLaVA-1.5-7B, the baseline: the original pair alone, all else as in llava7b.py."""
 
 from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from napo_jax.objective import dpo
+from napo_jax.methods import dpo
 from napo_jax.optim import OptimizerConfig
 
 

@@ -1,7 +1,7 @@
 """NaPO on LLaVA-1.5-7B, as the paper trains it: decoder and projector in full, the vision tower frozen."""
 
 from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from napo_jax.objective import napo
+from napo_jax.methods import napo
 from napo_jax.optim import OptimizerConfig
 
 

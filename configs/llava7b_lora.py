@@ -5,8 +5,8 @@ The reference is the same model with its adapters off. To train the projector in
 """
 
 from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from napo_jax.methods import napo
 from napo_jax.models.lora import LoraConfig
-from napo_jax.objective import napo
 from napo_jax.optim import OptimizerConfig
 
 

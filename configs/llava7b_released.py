@@ -1,7 +1,7 @@
 """NaPO on LLaVA-1.5-7B as the published code runs it, which is not quite what the paper says."""
 
 from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from napo_jax.objective import napo_released
+from napo_jax.methods import napo_released
 from napo_jax.optim import OptimizerConfig
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from napo_jax import dpo_loss, napo_loss
-from napo_jax.objective import napo
+from napo_jax.methods import napo
 
 
 def pulls():

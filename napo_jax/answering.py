@@ -14,7 +14,7 @@ from napo_jax.evals.answers import fingerprint, write_row
 from napo_jax.evals.benchmarks import Asked
 from napo_jax.metrics import Console
 from napo_jax.model_source import absolute, find_model
-from napo_jax.pieces import BOOKS, Line, Pieces, read_manifest, write_durably, write_manifest
+from napo_jax.pieces import BOOKS, Line, Pieces, digest, read_manifest, write_durably, write_manifest
 from napo_jax.progress import AnswerProgress, wait_until
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
@@ -80,8 +80,9 @@ def answer(options: AnswerOptions, console=None):
     said = {line.row: line.text for line in pieces.new()}
     console.note(f"model    {source}")
     console.note(f"asks     {len(questions)} questions of {options.benchmark}, {len(questions) - len(said)} to go")
+    settings["pictures"] = check_pictures(questions, pictures)  # takes a while, so all else is looked at before
+    read_manifest(books, settings)
     if len(said) < len(questions):
-        check_pictures(questions, pictures)
         speaker = load_speaker(source, make_mesh(options.mesh, jax.local_devices()), dtype=options.dtype)
         settings |= {"weights": speaker.digest, "dtype": str(speaker.model.config.dtype)}
         if jax.process_index() == 0 and not manifest:
@@ -106,5 +107,8 @@ def answer(options: AnswerOptions, console=None):
     wait_until(all_said)
     if jax.process_index() == 0:
         lines = [json.dumps(write_row(question, said[i]), ensure_ascii=False) for i, question in enumerate(questions)]
-        write_durably(target, "".join(f"{line}\n" for line in lines))
+        text = "".join(f"{line}\n" for line in lines)
+        # First what the file will be, by which `score` knows it as the work of these books.
+        write_manifest(books, read_manifest(books, settings)["settings"], {"answers": digest(text.encode())})
+        write_durably(target, text)
         console.note(f"wrote    {target}")

@@ -6,6 +6,7 @@ from napo_jax.bias.masks import Asker, Recipe
 from napo_jax.data.images import ImageError, decode
 from napo_jax.data.prompts import Prompter
 from napo_jax.data.store import Record
+from napo_jax.pieces import digest
 from napo_jax.speaker import unknown_word
 
 
@@ -52,8 +53,15 @@ class QuestionAsker:
         return longest
 
 
-def check_pictures(questions, folder):
-    """Raises if a picture is not there or damaged: a benchmark is never made smaller."""
+def check_pictures(questions, folder) -> dict[str, str]:
+    """Returns a digest of the content of each picture, by its name.
+
+    Of the content, and not of times and sizes: the pictures are read and decoded here in any case, which takes far
+    longer, and a copy on another host has other times.
+
+    Raises:
+      ValueError: one is not there, or damaged: a benchmark is never made smaller.
+    """
     names = list(dict.fromkeys(question.image for question in questions if question.image is not None))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
@@ -61,8 +69,12 @@ def check_pictures(questions, folder):
             f"{len(missing)} of {len(names)} pictures are not in {folder} (first {missing[0]}); name their folder with "
             "--images"
         )
+    digests = {}
     for name in names:
+        content = (folder / name).read_bytes()
         try:
-            decode((folder / name).read_bytes())
+            decode(content)
         except ImageError as error:
             raise ValueError(f"{folder / name}: {error}; fetch it again") from None
+        digests[name] = digest(content)
+    return digests

@@ -20,7 +20,7 @@ from napo_jax.bias.work import Work
 from napo_jax.command import exit_with_one_line
 from napo_jax.config import Config, parse
 from napo_jax.decoding import Decoding
-from napo_jax.journal import StoppedError, exit_when_stopped
+from napo_jax.journal import exit_when_stopped, raise_if_asked
 from napo_jax.metrics import Console
 from napo_jax.pieces import Line, read_manifest, write_manifest
 from napo_jax.preemption import StopSignal
@@ -28,8 +28,6 @@ from napo_jax.processes import together
 from napo_jax.progress import AnswerProgress, wait_until
 from napo_jax.sharding import make_mesh
 from napo_jax.speaker import load_speaker
-
-_INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +98,9 @@ def build(config: Config, options: Options, console=None):
         console.note(f"all of that is done: {work.folder / PAGE}")
         return json.loads((work.folder / SUMMARY).read_text())
     with StopSignal(alone=True) as stop:
-        check = functools.partial(_check, stop)
+        check = functools.partial(raise_if_asked, stop, "what was said is kept")
         if work.count_missing():
-            _say(work, config, options, console, check)
+            say(work, config, options, console, check)
             wait_until(work.is_done, check)
         if jax.process_index() > 0:
             wait_until(lambda: read_manifest(work.books, {}).get("written") == written, check)
@@ -127,8 +125,16 @@ def _plan(work, decoding):
     yield f"output   {work.folder}"
 
 
-def _say(work, config, options, console, check):
-    """Says this process's share of the answers."""
+def say(work, config, options, console, check):
+    """Says this process's share of the answers.
+
+    Args:
+      work: the `Work`.
+      config: the `Config`.
+      options: with `decoding`, `slots` and `distributed`.
+      console: a `Console`.
+      check: called often; raises if the process was asked to end.
+    """
     share = (jax.process_index(), jax.process_count()) if options.distributed else (0, 1)
     # Each process has a mesh of its own devices: none waits for another's longest answer.
     mesh = make_mesh(config.mesh, jax.local_devices())
@@ -157,14 +163,6 @@ def _say(work, config, options, console, check):
     finally:
         work.flush()
         console.close()
-
-
-def _check(stop):
-    """Raises if the process was asked to end."""
-    if stop.got:
-        raise StoppedError(
-            "asked to stop: what was said is kept, and the same command goes on from there", _INTERRUPTED
-        )
 
 
 def main(argv=None):

@@ -46,7 +46,11 @@ _COLUMNS = 400  # of a plot, in each of which a line keeps its lowest and its hi
 _MARKED = 40  # the same of a line with marks
 _HITS = 64  # columns that show their values to a pointer
 _WINDOWS = 30  # the share of the points that a mean runs over is one in this many
+_LONG = 1e10  # a tick's label has no more digits than this, in its unit
 _FEWEST = 40  # points that a mean runs over at all
+# A value beyond the first is drawn there, and a range below the second as none, so that no sum or ratio of what is
+# drawn is infinite or 0/0.
+_FAR, _NEAR = 1e300, 1e-300
 _NOISE = 0.01  # of the range: what a line differs from its mean by, if the mean is to be drawn
 
 
@@ -86,7 +90,8 @@ def chart(title, lines, end, last_step, *, share=False, limits=None, zero=True, 
     """
     values = [value for line in lines for _, value in (*line.points, *line.held_out)]
     low, high = limits or _bounds(values, zero)
-    place = lambda step, value: (100 * step / end, 100 * (high - value) / (high - low))  # in percent
+    # In percent.
+    place = lambda step, value: (100 * step / end, 100 * (high - min(max(value, low), high)) / (high - low))
     drawn = [_line(index, line, place, share) for index, line in enumerate(lines)]
     left_out = f'<p class="quiet">{html.escape(left_out)}</p>' if left_out else ""
     said = "; ".join(_in_words(line, share) for line in lines if line.points)
@@ -112,7 +117,7 @@ def number(value, share=False) -> str:
     if value is None:
         return "-"
     if share:
-        text = f"{value:.1%}"
+        text = f"{value:.1%}" if abs(value) < 1e4 else f"{100 * value:.4g}%"
     elif 1000 <= abs(value) < 1e7:
         text = f"{value:,.0f}"
     else:
@@ -172,7 +177,7 @@ def running_mean(points, columns=_COLUMNS):
     """
     if len(points) < _FEWEST:
         return []
-    values = np.array([value for _, value in points])
+    values = np.clip([value for _, value in points], -_FAR, _FAR)
     half = max(1, len(points) // _WINDOWS // 2)
     centres = np.unique(np.linspace(0, len(points) - 1, min(len(points), columns)).round().astype(int))
     means = np.array([values[max(0, c - half) : c + half + 1].mean() for c in centres])
@@ -183,11 +188,12 @@ def running_mean(points, columns=_COLUMNS):
 
 
 def _bounds(values, zero):
-    low, high = min(values), max(values)
+    low, high = (min(max(value, -_FAR), _FAR) for value in (min(values), max(values)))
     if zero:
         low, high = min(low, 0), max(high, 0)
-    if low == high:
-        return low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+    if high - low < _NEAR:
+        half = abs(low) / 2
+        return (low - half, high + half) if half > _NEAR else (low - 1, high + 1)
     room = 0.05 * (high - low)
     return low if zero and low == 0 else low - room, high if zero and high == 0 else high + room
 
@@ -252,8 +258,8 @@ def _tick(value, others, share=False):
     gap = (others[1] - others[0]) * scale if len(others) > 1 else 1
     if not value:
         return "0"
-    if gap < 1e-4:
-        return number(value)
+    if gap < 1e-4 or most >= _LONG:
+        return number(value, share)
     return f"{value * scale:,.{max(0, math.ceil(-math.log10(gap) - 1e-9))}f}{unit}".replace("-", "−")
 
 

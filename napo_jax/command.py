@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import os
 import re
+import select
+import signal
 import sys
 
 import tyro
@@ -39,12 +42,39 @@ def _without_box(text):
 
 
 def exit_with_one_line(main):
-    """Runs a command; what is wrong with its usage, config or data becomes one line and exit status 2."""
+    """Runs a command; what is wrong with its usage, config or data becomes one line and exit status 2.
+
+    If whoever reads the output has gone, as `head` does, it ends without a word, and with the status of such an end.
+    """
+    end = None
     try:
-        main()
-    except USER_ERRORS as error:
-        print(one_line(error), file=sys.stderr)
-        raise SystemExit(2) from None
+        try:
+            main()
+        except USER_ERRORS as error:
+            print(one_line(error), file=sys.stderr)
+            end = SystemExit(2)
+        except SystemExit as asked:  # by --help, or by a run that was told to stop
+            end = asked
+        sys.stdout.flush()  # here, and not when the interpreter ends and can only complain
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        # What is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end = SystemExit(128 + signal.SIGPIPE)
+    if end is not None:
+        raise end
+
+
+def _reader_has_gone():
+    """Tells whether it is the standard output that nobody reads, and not some other pipe."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:
+        return False  # it is no file
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def one_line(error) -> str:

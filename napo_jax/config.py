@@ -14,8 +14,10 @@ import tyro
 
 from napo_jax.command import read_flags
 from napo_jax.fields import check_fields
+from napo_jax.methods import napo
+from napo_jax.mixed_reference import Mixing
 from napo_jax.models.lora import LoraConfig
-from napo_jax.objective import Objective, napo
+from napo_jax.objective import Objective
 from napo_jax.optim import OptimizerConfig
 from napo_jax.sharding import MeshConfig
 
@@ -69,6 +71,9 @@ class DataConfig:
     long_answers: Literal["cut", "drop"] = "cut"
     # What becomes of a row that compares an answer with itself: "keep" or "drop".
     identical: Literal["keep", "drop"] = "keep"
+    # "thirds" trains from easy to hard: the rows' thirds by their column `difficulty`, each as often as `epochs` say
+    # before the next one; "none" takes all of them together.
+    curriculum: Literal["none", "thirds"] = "none"
     # Groups that are set apart to evaluate on, by their pictures: no picture is on both sides.
     held_out: int = 0
     # The most shapes that are compiled.
@@ -112,6 +117,8 @@ class TrainConfig:
     # The reference's log-probs: "cache" computes them once and keeps them on disk, "live" runs a second model in every
     # step, "adapters_off" runs the same model without its LoRA adapters, and with a trained projector as it was.
     reference: Literal["cache", "live", "adapters_off"] = "cache"
+    # A second reference, mixed into the first (MRPO); it takes the first from the cache.
+    second: Mixing = dataclasses.field(default_factory=Mixing)
     # Steps between lines of metrics, between evaluations of the groups held out, and between checkpoints; the last step
     # has them all, and there is an evaluation before the first.
     log_every: int = 10
@@ -134,6 +141,8 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {value}")
+        if self.second.path is not None and self.reference != "cache":
+            raise ValueError(f"train.second.path needs train.reference cache, and it is {self.reference}")
         if self.epochs <= 0:
             raise ValueError(f"train.epochs must be positive, got {self.epochs}")
         if self.keep_best < 0:
@@ -219,6 +228,11 @@ def parse(options: type, argv=None, *, description: str) -> tuple[Config, Any]:
     if given.config != file:
         raise ValueError(f"--config is given twice, {file} and {given.config}; name one file")
     return given.run, given.options
+
+
+def config_name(argv=None) -> str:
+    """Returns the name of the config file that a command line names, without its folder and ending."""
+    return Path(_take_config(list(sys.argv[1:] if argv is None else argv))[0]).stem
 
 
 def _take_config(argv):

@@ -34,8 +34,8 @@ from napo_jax.world.records import write_pairs
 ANSWERS = ("chosen", "rejected", "question_only", "image_only")
 _SAMPLES = 8  # groups that the page shows
 _ROWS = {
-    "usual": "right, pictures as habit has them",
-    "changed": "right, pictures that break the habit",
+    "usual": "held-out accuracy, habit followed",
+    "changed": "held-out accuracy, habit broken",
     "gap": "  the gap between them",
     "flood": "answers that say too much",
     "CK": "VLind CK, common sense",
@@ -124,8 +124,9 @@ def _new_folder() -> str:
 
 def build_options(pairs, output) -> build_bias.Options:
     """Returns how the biased answers to a file of pairs are built."""
-    # The small model has met neither a question without a picture's places nor a picture without any words.
-    masks = {"image_mask": "blank", "question_mask": "generic"}
+    # The small model has met neither a question without a picture nor a picture without words: to the first it would
+    # say words without sense, and not what is usual. So it sees a picture of one grey, and a request for a description.
+    masks = {"image_mask": "mean", "question_mask": "generic"}
     # What equals another answer of its row stays: it is habit here, and a row that lacks an answer is not trained on.
     filters = ("empty", "cut", "repeats")
     return build_bias.Options(

@@ -22,7 +22,7 @@ from napo_jax.evals import chair
 from napo_jax.evals import compare as comparison
 from napo_jax.evals.answers import fingerprint, read_object, read_rows, strict_json
 from napo_jax.evals.benchmarks import Asked
-from napo_jax.pieces import BOOKS, read_manifest, write_durably
+from napo_jax.pieces import BOOKS, digest, make_room, read_manifest, write_durably
 from napo_jax.processes import together
 
 _MADE_BY = ("model", "weights", "dtype", "decoding", "template", "image_rule")  # of answers, that go into their score
@@ -70,21 +70,27 @@ class UnpackOptions:
 
 def score(options: ScoreOptions) -> dict:
     """Returns the numbers, for JSON, with all that `compare` needs and, where `answer` has said it, the model."""
-    rows = read_rows(options.answers)
+    rows, asked = read_rows(options.answers), options.questions()
+    made_by = _read_books(options.answers)
     scored = options.apply(options.module.score, rows, variant=options.variant, replay=options.replay)
-    made_by = read_manifest(epath.Path(f"{options.answers}{BOOKS}"), {}).get("settings", {})
-    return {
-        "benchmark": options.module.NAME,
-        "questions": fingerprint(options.questions()),
-        **{name: made_by[name] for name in _MADE_BY if name in made_by},
-        **scored,
-    }
+    return {"benchmark": options.module.NAME, "questions": fingerprint(asked), **made_by, **scored}
+
+
+def _read_books(answers):
+    """Returns how answers were made, if they are one file and just as `answer` has written it."""
+    file, books = epath.Path(answers), epath.Path(f"{answers}{BOOKS}")
+    manifest = read_manifest(books, {}) if file.is_file() else {}
+    if not manifest:
+        return {}
+    if manifest.get("written") != {"answers": digest(file.read_bytes())}:
+        return {"note": f"{answers} is not the file that {books} wrote, so model, weights and decoding are left out"}
+    return {name: manifest["settings"][name] for name in _MADE_BY if name in manifest["settings"]}
 
 
 def as_text(scored) -> str:
     """Renders numbers for a terminal, each with what it is a ratio of where that is one pair of counts."""
     lines = []
-    for name in ("benchmark", "prompts", "variant", "model", "dtype", "judge"):
+    for name in ("benchmark", "prompts", "variant", "model", "dtype", "judge", "note"):
         lines += [f"{name:<24}{scored[name]}"] if name in scored else []
     for name, value in scored.items():
         if isinstance(value, int | float):
@@ -104,11 +110,15 @@ def _answer(argv):
 
 def _score(argv):
     options = read_flags(ScoreOptions, argv, description=ScoreOptions.__doc__)
+    out = None if options.out is None else epath.Path(options.out)
+    if out is not None:
+        make_room(out)
     scored = score(options)
+    if out is not None:
+        write_durably(out, strict_json(scored))  # before anything is printed, for who reads that may go at any time
     print(as_text(scored))
-    if options.out is not None:
-        write_durably(epath.Path(options.out), strict_json(scored))
-        print(f"wrote {options.out}")
+    if out is not None:
+        print(f"wrote {out}")
 
 
 def _compare(argv):
@@ -121,7 +131,9 @@ def _read_run(path):
     """Returns what `score` wrote to a file."""
     if not epath.Path(path).exists():
         raise ValueError(f"{path} is not there; write it with: python -m napo_jax.evaluate score ... --out {path}")
-    return read_object(path, "write it again with `score`")
+    run = read_object(path, "write it again with `score`")
+    comparison.check(run, path)
+    return run
 
 
 def _judge(argv):
@@ -144,6 +156,8 @@ _COMMANDS = {"answer": _answer, "judge": _judge, "unpack": _unpack, "score": _sc
 def main(argv=None):
     """Runs the command."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--compare"]:  # as a flag too
+        argv[0] = "compare"
     if argv[:1] in (["-h"], ["--help"]):
         print(f"{__doc__}\nEach has a --help of its own.")
         return

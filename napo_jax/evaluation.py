@@ -1,13 +1,14 @@
 """What a model makes of the groups held out: each term's margin and accuracy, and whether the picture matters to it."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 
 from napo_jax.data.order import NO_GROUP
 from napo_jax.losses import simpo_loss
-from napo_jax.objective import Logps, Objective, Term, split_cell
+from napo_jax.objective import Objective, Term, split_cell
 from napo_jax.scorer import Chosen, make_scorer
 
 ABLATED = "image_ablated"  # the term's name in metrics
@@ -42,18 +43,20 @@ class HeldOut:
         batch_size = batch_size or dataset.config.batch_size
         order = self._dataset.order(held_out=True, shuffle=False, keep_rest=True, batch_size=batch_size)
         self._chosen = Chosen(order.batch_size, [order[step] for step in range(order.steps_per_epoch)])
-        self._scored = make_scorer(self._dataset, self._objective, model, self._objective.cells, mesh)
+        kl_to = reference if objective.needs_kl else None
+        self._scored = make_scorer(self._dataset, self._objective, model, self._objective.cells, mesh, kl_to=kl_to)
         self._reference = reference
         if isinstance(reference, tuple):
-            scorer = make_scorer(self._dataset, self._objective, reference[0], objective.reference_cells, mesh)
-            _, self._reference = self._collect(scorer, reference[1], objective.reference_cells)
+            scorer = make_scorer(
+                self._dataset, self._objective, reference[0], objective.reference_cells, mesh, reference=True
+            )
+            _, self._reference = self._collect(scorer, reference[1], objective.reference_cells, reference=True)
         self._evaluate = jax.jit(self._objective)
 
     @property
     def metrics(self) -> list[str]:
         """The names of what an evaluation measures."""
-        pair = Logps(*[jax.ShapeDtypeStruct((1,), np.float32)] * 2)
-        logps = dict.fromkeys(self._objective.cells, pair)
+        logps = dict.fromkeys(self._objective.cells, self._objective.logps_like(jax.ShapeDtypeStruct((1,), np.float32)))
         return sorted(jax.eval_shape(self._objective, logps, logps)[1])
 
     def __call__(self, params):
@@ -70,9 +73,10 @@ class HeldOut:
         _, metrics = self._evaluate(policy, reference)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
-    def _collect(self, scored, params, cells):
+    def _collect(self, scored, params, cells, reference=False):
         """Returns the record numbers of all groups held out, int32[N], and {cell: Logps of float32[N]}."""
         ids, values = zip(*scored(params, self._chosen), strict=True)
         ids, values = np.concatenate(ids), np.concatenate(values)
         ids, values = ids[ids != NO_GROUP], values[ids != NO_GROUP]
-        return ids, {cell: Logps(values[:, c, 0], values[:, c, 1]) for c, cell in enumerate(cells)}
+        columns = functools.partial(self._objective.from_columns, reference=reference)
+        return ids, {cell: columns(values[:, c]) for c, cell in enumerate(cells)}

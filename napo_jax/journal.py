@@ -9,6 +9,8 @@ import jax
 
 from napo_jax.metrics import Late, MetricsWriter, Pace, progress_line, to_tensorboard, to_wandb
 
+TERMINATED = 143  # what a shell reports of a program that SIGTERM ended
+
 
 class StoppedError(Exception):
     """A run that ended before its last step; the message says why and how to go on."""
@@ -27,6 +29,17 @@ def exit_when_stopped():
     except StoppedError as reason:
         print(reason, file=sys.stderr)
         raise SystemExit(reason.status) from None
+
+
+def raise_if_asked(stop, kept):
+    """Raises StoppedError if a process was asked to end.
+
+    Args:
+      stop: the `StopSignal`.
+      kept: what the message says of the work so far.
+    """
+    if stop.got:
+        raise StoppedError(f"asked to stop: {kept}, and the same command goes on from there", TERMINATED)
 
 
 class Journal:

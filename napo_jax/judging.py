@@ -14,12 +14,13 @@ from typing import Annotated, Literal
 import tyro
 from etils import epath
 
-from napo_jax.evals.answers import read_rows
+from napo_jax.evals.answers import misfit, parse_json, read_rows
 from napo_jax.evals.benchmarks import Asked
 from napo_jax.journal import StoppedError
-from napo_jax.pieces import write_durably
+from napo_jax.pieces import make_room, write_durably
 
 _PART = ".part"  # the end of the name of the file that replies are kept in until all are there
+_LINE = {"asked": str, "judge": str, "reply": str}  # of that file
 _EVERY = 10  # replies between two lines of progress
 _INTERRUPTED = 130
 
@@ -62,7 +63,7 @@ def judge(options: JudgeOptions):
     target = epath.Path(options.replay)
     if target.exists():
         raise ValueError(f"{target} is there; score it, or name another file")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_room(target)
     rows = read_rows(options.answers)
     more = {"at_once": options.at_once, "tries": options.tries}
     with _asked_to_stop() as stop, open(f"{target}{_PART}", "a+", encoding="utf-8") as kept:
@@ -95,11 +96,10 @@ class _Replies:
             raise ValueError(f"another command is at work on {file.name}; wait for its end") from None
         self._file, self._options, self._count, self._stop = file, options, count, stop
         self._lock, self._new, self.remembered = threading.Lock(), 0, 0
-        file.seek(0)
-        whole, newline, cut = file.read().rpartition("\n")
+        whole, newline, cut = epath.Path(file.name).read_bytes().rpartition(b"\n")
         if cut:  # the process was killed while it wrote
-            file.truncate(len(f"{whole}{newline}".encode()))
-        lines = [json.loads(line) for line in whole.split("\n") if line]
+            file.truncate(len(whole + newline))
+        lines = [_read_line(line, file.name, number) for number, line in enumerate(whole.split(b"\n"), 1) if line]
         self._known = {line["asked"]: line["reply"] for line in lines if line["judge"] == options.name}
 
     def __call__(self, prompt) -> str:
@@ -119,6 +119,18 @@ class _Replies:
             if self._new % _EVERY == 0:
                 print(f"{self._new + self.remembered} of {self._count} answers judged", flush=True)
         return reply
+
+
+def _read_line(line, file, number):
+    """Reads what was replied before."""
+    try:
+        row = parse_json(line)
+        wrong = misfit(row, _LINE)
+    except ValueError as error:
+        wrong = f"is not JSON ({error})"
+    if wrong:
+        raise ValueError(f"{file}, line {number}, {wrong}; take the line out, and its answer is judged again")
+    return row
 
 
 def _run(command, prompt) -> str:

@@ -6,7 +6,7 @@ Each chunk is computed again in the backward pass. Logits and everything after t
 import jax
 import jax.numpy as jnp
 
-from napo_jax.objective import Logps
+from napo_jax.objective import Edited, Logps
 
 
 def token_logps(hidden, head, targets, *, chunk):
@@ -72,6 +72,23 @@ def over_answers(values, answer_lengths, token_weights=None):
     total = jnp.sum(jnp.where(counted, values, 0) * weights, axis=-1)
     weight = jnp.sum(weights, axis=-1)
     return Logps(total, total / jnp.where(weight == 0, 1, weight))
+
+
+def over_edits(values, answer_lengths, edited):
+    """Sums and averages per-token values over the edited tokens of each answer alone.
+
+    Args:
+      values: float32[B, C, T].
+      answer_lengths: int32[B, C].
+      edited: bool[B, C, T].
+
+    Returns:
+      Edited of float32[B, C] each; all 0 where nothing is edited.
+    """
+    total, mean = over_answers(values, answer_lengths, edited)
+    counted = jnp.arange(values.shape[-1])[None, None] < answer_lengths[..., None]
+    share = jnp.sum(edited & counted, axis=-1) / jnp.maximum(answer_lengths, 1)
+    return Edited(total, mean, share.astype(jnp.float32))
 
 
 def _logits(hidden, head):

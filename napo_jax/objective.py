@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from napo_jax.losses import batch_mean, dpo_loss, napo_loss, term_weights
+from napo_jax.losses import batch_mean, term_weights
 from napo_jax.losses.inputs import check_where, log_ratio, prepare
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -27,10 +27,20 @@ _PROVIDED = (
     "policy_rejected_logps",
     "reference_chosen_logps",
     "reference_rejected_logps",
+    "chosen_kl",
+    "rejected_kl",
     "noise_margin",
     "where",
     "axis_name",
 )
+
+
+class Edited(NamedTuple):
+    """The part of an answer's log-probs that lies in the spans where it differs from its counterpart, float[B] each."""
+
+    sum: jax.Array
+    mean: jax.Array  # over those tokens
+    share: jax.Array  # of them in the answer's tokens
 
 
 class Logps(NamedTuple):
@@ -38,6 +48,21 @@ class Logps(NamedTuple):
 
     sum: jax.Array
     mean: jax.Array
+
+
+class DetailedLogps(NamedTuple):
+    """The same with what some terms read besides, float[B] each."""
+
+    sum: jax.Array
+    mean: jax.Array
+    edited: Edited | None = None  # if a term weighs edited spans
+    kl: jax.Array | None = None  # summed KL(reference || policy), of the policy alone and if a term reads it
+
+    def weighing_edits(self, weight):
+        """Returns the log-probs in which a token of an edited span counts 1 + weight times."""
+        total = self.sum + weight * self.edited.sum
+        whole = 1 + weight * self.edited.share
+        return Logps(total, (self.mean + weight * self.edited.share * self.edited.mean) / whole)
 
 
 def split_cell(cell: str) -> tuple[str, str]:
@@ -65,6 +90,9 @@ class Term:
     weight: float | Literal["dynamic"] = 1.0
     # Which log-probs the loss reads: summed over the answer's tokens, or their mean.
     logps: Literal["sum", "mean"] = "sum"
+    # How many times more a token counts, in `logps`, in the spans where the two answers differ (`data.edits`): CHiP's
+    # segment weight with means, RLHF-V's dense DPO with sums.
+    edited: float = 0.0
     # Which margin q is measured on, for a loss that measures one.
     margin: Literal["sum", "mean"] = "sum"
     # Keyword options of the loss, such as {"beta": 0.1}. A term holds them as sorted pairs, so that terms compare and
@@ -95,6 +123,8 @@ class Term:
                 self._refuse("a dynamic weight needs the summed margin of two cells")
         elif not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
             self._refuse(f"weight must be a finite number or 'dynamic', got {self.weight!r}")
+        if not isinstance(self.edited, int | float) or not 0 <= self.edited < math.inf:
+            self._refuse(f"edited must be a finite number, 0 or more, got {self.edited!r}")
         self._check_signature()
         self._try_on_shapes()
 
@@ -111,13 +141,13 @@ class Term:
         for option in known:
             if parameters[option].default is inspect.Parameter.empty and option not in dict(self.options):
                 self._refuse(f"{loss} needs the option {option!r}")
-        if ("policy_rejected_logps" in parameters) != (self.other is not None):
+        if bool({"policy_rejected_logps", "rejected_kl"} & set(parameters)) != (self.other is not None):
             need = "another cell" if self.other is None else "no other cell"
             self._refuse(f"{loss} takes {need}, got other={self.other!r}")
 
     def _try_on_shapes(self):
-        pair = Logps(*[jax.ShapeDtypeStruct((2,), jnp.float32)] * 2)
-        logps = dict.fromkeys(self.cells, pair)
+        each = jax.ShapeDtypeStruct((2,), jnp.float32)
+        logps = dict.fromkeys(self.cells, DetailedLogps(each, each, Edited(each, each, each), each))
         try:
             hash(self)
             jax.eval_shape(lambda policy, reference: _evaluate(self, policy, reference, None, None), logps, logps)
@@ -147,8 +177,13 @@ class Term:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether its loss reads the reference's log-probs."""
-        return any(name.startswith("reference_") for name in self.inputs)
+        """Whether its loss reads the reference."""
+        return self.needs_kl or any(name.startswith("reference_") for name in self.inputs)
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether its loss reads how far the policy's distributions are from the reference's, token by token."""
+        return bool({"chosen_kl", "rejected_kl"} & self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +216,7 @@ class Objective:
             raise ValueError(f"the terms of an objective need different names, got {names}")
         if self.noise_scope not in ("batch", "microbatch"):
             raise ValueError(f"noise_scope must be 'batch' or 'microbatch', got {self.noise_scope!r}")
+        _ = self.counterparts  # raises if it cannot tell them
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -202,12 +238,53 @@ class Objective:
         """The cells that the reference model has to score; none if no term reads a reference."""
         return tuple(dict.fromkeys(cell for term in self.terms if term.needs_reference for cell in term.cells))
 
+    @property
+    def counterparts(self) -> dict[str, str]:
+        """{answer: the one that it is compared with}, of the answers whose edited spans a term weighs."""
+        found = {}
+        for term in self.terms:
+            if not term.edited:
+                continue
+            answers = tuple(dict.fromkeys(split_cell(cell)[0] for cell in term.cells))
+            if len(answers) != 2:
+                raise ValueError(f"term {term.name!r}: edited spans are those of two answers, and it has {answers}")
+            for one, other in (answers, answers[::-1]):
+                if found.setdefault(one, other) != other:
+                    raise ValueError(f"term {term.name!r}: {one!r} is edited against {found[one]!r} already")
+        return found
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether a term reads the reference's whole distributions, so that the reference has to run along."""
+        return any(term.needs_kl for term in self.terms)
+
+    def logps_like(self, value, *, reference=False) -> Logps | DetailedLogps:
+        """Returns the log-probs that a cell has under this objective, the same value in all their places.
+
+        Args:
+          value: anything.
+          reference: whether it is the reference that is scored.
+        """
+        edited = Edited(value, value, value) if self.counterparts else None
+        kl = value if self.needs_kl and not reference else None
+        return Logps(value, value) if edited is None and kl is None else DetailedLogps(value, value, edited, kl)
+
+    def columns(self, *, reference=False) -> list[str]:
+        """Returns the names of the K numbers of a cell's log-probs, such as "sum", in the order of their leaves."""
+        paths, _ = jax.tree.flatten_with_path(self.logps_like(0, reference=reference))
+        return [jax.tree_util.keystr(path, simple=True, separator="_") for path, _ in paths]
+
+    def from_columns(self, values, *, reference=False) -> Logps | DetailedLogps:
+        """Returns the log-probs of arrays float[..., K], one column for each of their leaves."""
+        tree = jax.tree.structure(self.logps_like(0, reference=reference))
+        return tree.unflatten([values[..., k] for k in range(values.shape[-1])])
+
     def __call__(self, policy, reference=None, *, where=None, axis_name=None):
         """Turns log-probs of cells into a loss and metrics.
 
         Args:
           policy: {cell: (sum, mean)}, the policy's log-probs: float[B] each, the whole batch, or float[A, B], the A
-            micro-batches of a step.
+            micro-batches of a step. `DetailedLogps` where a term weighs edited spans or reads the divergence.
           reference: {cell: (sum, mean)}, the reference's, of the cells in `reference_cells`; None if there are none.
           where: {cell: bool[B]} or None; valid cells. A term averages over the examples whose cells are all valid.
             The others do nothing, whatever they hold.
@@ -295,13 +372,17 @@ def _evaluate(term: Term, policy, reference, where, axis_name) -> _Outcome:
         valid &= check_where(where[cell], shape, f"policy[{cell!r}]")
     sources = {"policy": policy} | ({"reference": reference} if term.needs_reference else {})
 
-    def read(kind):
+    def read(kind, edited=0.0):
         """Returns {role: the log-probs of the term's cells, float32[B] each}."""
-        named = {
-            f"{role}[{cell!r}] {kind}": getattr(Logps(*source[cell]), kind)
-            for role, source in sources.items()
-            for cell in term.cells
-        }
+        named = {}
+        for role, source in sources.items():
+            for cell in term.cells:
+                logps = source[cell]
+                if edited:
+                    if getattr(logps, "edited", None) is None:
+                        raise ValueError(f"{role}[{cell!r}] does not tell the part of edited spans: use DetailedLogps")
+                    logps = logps.weighing_edits(edited)
+                named[f"{role}[{cell!r}] {kind}"] = logps[Logps._fields.index(kind)]
         arrays, _ = prepare(valid, named)
         count = len(term.cells)
         return {role: arrays[i * count : (i + 1) * count] for i, role in enumerate(sources)}
@@ -314,11 +395,18 @@ def _evaluate(term: Term, policy, reference, where, axis_name) -> _Outcome:
         preferred, *others = jax.lax.stop_gradient(h)
         return preferred - jnp.max(jnp.stack(others), axis=0) if others else preferred
 
-    logps = read(term.logps)
+    logps = read(term.logps, term.edited)
     provided = {"where": valid, "axis_name": axis_name}
+    one_or_all = lambda others: others[0] if isinstance(term.other, str) else others
     for role, (preferred, *others) in logps.items():
         provided[f"{role}_chosen_logps"] = preferred
-        provided[f"{role}_rejected_logps"] = others[0] if isinstance(term.other, str) else others
+        provided[f"{role}_rejected_logps"] = one_or_all(others)
+    if term.needs_kl:
+        kl = {f"policy[{cell!r}] kl": getattr(policy[cell], "kl", None) for cell in term.cells}
+        if any(value is None for value in kl.values()):
+            raise ValueError(f"term {term.name!r} reads how far the policy is from the reference, and no kl is given")
+        (preferred, *others), _ = prepare(valid, kl)
+        provided |= {"chosen_kl": preferred, "rejected_kl": one_or_all(others)}
     if "noise_margin" in term.inputs:
         provided["noise_margin"] = margin(read(term.margin))
     losses, stats = term.loss(**{name: provided[name] for name in term.inputs}, **dict(term.options))
@@ -335,49 +423,3 @@ def _evaluate(term: Term, policy, reference, where, axis_name) -> _Outcome:
         rejected = stats["rejected_rewards"]
         examples["rejected_reward"] = rejected if isinstance(term.other, str) else jnp.max(rejected, axis=0)
     return _Outcome(valid, jnp.mean(jnp.asarray(stats.get("q", 0.0), losses.dtype)), examples)
-
-
-def napo(beta: float = 0.1, weight: float | Literal["dynamic"] = "dynamic") -> Objective:
-    """Returns NaPO as in the paper (Eq. 14).
-
-    The original pair keeps DPO. The two biased answers take NaPO with q by the paper's rule: the language-biased one,
-    made without the image, on the mean margin with alpha 0.5; the vision-biased one, made without the question, on the
-    summed margin with alpha 0.01. All three have dynamic weights.
-
-    Args:
-      beta: of all three losses.
-      weight: a number in place of the dynamic weights. These follow the margins: a term whose answers are easily
-        told apart takes most of the weight from the others.
-    """
-    return Objective(
-        (
-            Term("preference", dpo_loss, "chosen", "rejected", weight=weight, options={"beta": beta}),
-            *_bias_terms(beta, rule="paper", weight=weight),
-        )
-    )
-
-
-def napo_released(beta: float = 0.1) -> Objective:
-    """Returns NaPO as the published code runs it: q by its own rule on each micro-batch, and all weights 1."""
-    return Objective(
-        (
-            Term("preference", dpo_loss, "chosen", "rejected", options={"beta": beta}),
-            *_bias_terms(beta, rule="released", weight=1.0),
-        ),
-        noise_scope="microbatch",
-    )
-
-
-def _bias_terms(beta, rule, weight):
-    language = {"beta": beta, "alpha": 0.5, "rule": rule}
-    vision = {"beta": beta, "alpha": 0.01, "rule": rule}
-    return (
-        Term("language_bias", napo_loss, "chosen", "question_only", weight, margin="mean", options=language),
-        Term("vision_bias", napo_loss, "chosen", "image_only", weight, margin="sum", options=vision),
-    )
-
-
-def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
-    """Returns DPO on the original pair."""
-    options = {"beta": beta, "label_smoothing": label_smoothing}
-    return Objective((Term("preference", dpo_loss, "chosen", "rejected", options=options),))

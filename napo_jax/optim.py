@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from napo_jax.factored import scale_by_factored_adam
 from napo_jax.fields import check_fields
 from napo_jax.models.lora import is_adapter
 
@@ -38,6 +39,8 @@ class OptimizerConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     # Type of AdamW's first moment; the second is float32 always.
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    # The second moment: "full", a number for each parameter, or "factored", for each row and each column of a matrix.
+    second_moment: Literal["full", "factored"] = "full"
 
     def __post_init__(self):
         """Checks the fields' types and choices, and the numbers."""
@@ -97,14 +100,12 @@ def learning_rates(config: OptimizerConfig, steps: int):
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Returns AdamW for {path: leaf} trees of trained parameters."""
     decays = lambda params: {path: not re.fullmatch(config.no_decay, path) for path in params}
-    adamw = optax.adamw(
-        learning_rates(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decays,
-        mu_dtype=jnp.dtype(config.moment_dtype),
+    moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "mu_dtype": jnp.dtype(config.moment_dtype)}
+    scale = {"full": optax.scale_by_adam, "factored": scale_by_factored_adam}[config.second_moment]
+    adamw = optax.chain(
+        scale(**moments),
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(learning_rates(config, steps)),
     )
     if config.clip_norm is not None:
         adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -4,6 +4,7 @@ A run that is killed loses the answers since its last piece, and those that were
 and answer it is of, the run may go on with other devices, other hosts and in another order.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -14,10 +15,14 @@ from typing import NamedTuple
 from etils import epath
 
 from napo_jax.data.store import is_local
+from napo_jax.evals.answers import NUMBER, misfit, parse_json
 
 BOOKS = ".books"  # the end of the name of a folder with a manifest and pieces, beside what they are for
 _MANIFEST, _PIECES = "manifest.json", "pieces"
 _NAMED = "model"  # a setting that only tells people; weights are told apart by what they are
+_LONGEST = 300  # characters of a setting in an error
+_LINE = {"file": int, "row": int, "name": str, "text": (str, type(None)), "tokens": int, "ended": bool}
+_LINE |= {"score": (*NUMBER, type(None)), "why": (str, type(None))}
 
 
 class Line(NamedTuple):
@@ -67,13 +72,8 @@ class Pieces:
                 continue
             self._read.add(file.name)
             # At newlines alone: a text may hold other characters that end lines.
-            for number, text in enumerate(file.read_text().rstrip("\n").split("\n"), 1):
-                try:
-                    yield Line(**json.loads(text))
-                except (ValueError, TypeError):
-                    raise ValueError(
-                        f"{file}, line {number}, is damaged; delete the file, and its answers are made again"
-                    ) from None
+            for number, text in enumerate(file.read_bytes().rstrip(b"\n").split(b"\n"), 1):
+                yield _line(text, f"{file}, line {number}, is damaged; delete the file, and its answers are made again")
 
     def add(self, line: Line):
         """Keeps a line; it is on disk when its piece is full or has waited long enough."""
@@ -93,6 +93,16 @@ class Pieces:
         self._lines.clear()
 
 
+def _line(text, fault):
+    try:
+        fields = parse_json(text)
+    except ValueError:
+        raise ValueError(fault) from None
+    if misfit(fields, _LINE) or len(fields) > len(_LINE):
+        raise ValueError(fault)
+    return Line(**fields)
+
+
 def read_manifest(folder, settings) -> dict:
     """Returns the manifest of some books, an empty dict if they are not begun.
 
@@ -109,10 +119,13 @@ def read_manifest(folder, settings) -> dict:
             raise ValueError(f"{folder} has pieces, and no {_MANIFEST} that says of what; name another output")
         return {}
     try:
-        manifest = json.loads(file.read_text())
-        before = manifest["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); name another output") from None
+        manifest = parse_json(file.read_bytes())
+        wrong = misfit(manifest, {"settings": dict})
+    except ValueError as error:
+        wrong = error
+    if wrong:
+        raise ValueError(f"{file} is damaged ({wrong}); move {folder} away, or name another output")
+    before = manifest["settings"]
     for name, now in json.loads(json.dumps(settings)).items():
         if name != _NAMED and before.get(name) != now:
             part, was, now = _difference(name, before.get(name), now)
@@ -134,18 +147,48 @@ def write_manifest(folder, settings, written=None):
     write_durably(folder / _MANIFEST, json.dumps({"settings": settings, "written": written}, indent=1))
 
 
-def write_durably(file, text):
-    """Writes a file that is there whole or not at all, whenever the process or the machine stops."""
+def digest(content: bytes) -> str:
+    """Returns 32 hex digits that stand for a file's content."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def make_room(file):
+    """Makes the folder of a file that is to be written; called before the work whose result it is.
+
+    Args:
+      file: epath.Path, local or gs://.
+
+    Raises:
+      ValueError: no file of this name can be written.
+    """
     if not is_local(file):
-        file.write_text(text)  # an object appears when it is whole
+        return  # objects need no folder
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; name a file to write")
+    above = next(folder for folder in file.parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{file} cannot be written, for {above} is no folder; name another file")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{file} cannot be written, for {above} is read-only; name another file")
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_durably(file, content):
+    """Writes a file, of text or bytes, that is there whole or not at all, whenever process or machine stops."""
+    data = content.encode() if isinstance(content, str) else content
+    if not is_local(file):
+        file.write_bytes(data)  # an object appears when it is whole
         return
     aside = epath.Path(f"{os.fspath(file)}.{uuid.uuid4().hex[:8]}.tmp")
-    with open(aside, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, file)
-    folder = os.open(os.path.dirname(os.fspath(file)), os.O_RDONLY)
+    try:
+        with open(aside, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+    folder = os.open(os.path.dirname(os.fspath(file)) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)  # the name too
     finally:
@@ -157,4 +200,5 @@ def _difference(name, before, now):
     while isinstance(before, dict) and isinstance(now, dict):
         key = next(key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
         name, before, now = f"{name}.{key}", before.get(key), now.get(key)
-    return name, json.dumps(before), json.dumps(now)
+    said = (json.dumps(value) for value in (before, now))
+    return name, *(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..." for text in said)

@@ -29,7 +29,6 @@ from napo_jax.model_source import find_model, random_shape
 from napo_jax.models.attention import resolve_backend
 from napo_jax.models.layout import Layout
 from napo_jax.models.lora import is_adapter
-from napo_jax.objective import Logps
 from napo_jax.optim import make_optimizer
 from napo_jax.plan_report import Plan, State, advice
 from napo_jax.sharding import ROWS, make_mesh, over_rows
@@ -203,7 +202,9 @@ def _batch(config, model, bucket, sharding):
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((groups, *shape), dtype, sharding=sharding)
     reference = None
     if config.train.reference == "cache" and config.objective.reference_cells:
-        reference = {cell: Logps(of(jnp.float32), of(jnp.float32)) for cell in config.objective.reference_cells}
+        reference = dict.fromkeys(
+            config.objective.reference_cells, config.objective.logps_like(of(jnp.float32), reference=True)
+        )
     return Batch(
         images=of(jnp.uint8, size, size, 3),
         prefix_ids=of(jnp.int32, bucket.prefix),
@@ -214,6 +215,11 @@ def _batch(config, model, bucket, sharding):
         ids=of(jnp.int32),
         bucket=bucket,
         reference=reference,
+        rejected_images=of(jnp.uint8, size, size, 3) if "rejected_image" in config.objective.image_variants else None,
+        masks=of(jnp.bool, *[size // model.config.vision.patch_size] * 2)
+        if "region" in config.objective.image_variants
+        else None,
+        edited=of(jnp.bool, cells, bucket.answer) if config.objective.counterparts else None,
     )
 
 

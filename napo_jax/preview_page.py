@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from napo_jax.data import images
-from napo_jax.data.corruptions import image_variants
 from napo_jax.html_page import Markup, picture_url, table, write_html
 from napo_jax.objective import split_cell
+from napo_jax.score import pictures_of
 
 _STYLE = """
 .pictures { display: flex; flex-wrap: wrap; gap: .8rem; margin: .6rem 0; } .pictures img { width: 11rem; }
@@ -80,8 +80,7 @@ def _samples(dataset, objective, count):
     group_of = {int(record): group for group, record in enumerate(dataset.table.records)}
     for batch in batches:
         with jax.default_device(jax.devices("cpu")[0]):  # a preview leaves accelerators alone
-            clean = images.normalise(batch.images)
-            variants = image_variants(clean, batch.seeds, objective.image_variants, patch=dataset.vision.patch_size)
+            variants = pictures_of(batch, objective, dataset.vision.patch_size)
         for record, pictures in zip(batch.ids, np.asarray(variants), strict=True):
             if count == 0:
                 return

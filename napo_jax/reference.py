@@ -11,7 +11,6 @@ from jax.experimental import multihost_utils
 
 from napo_jax.data.groups import record_seed
 from napo_jax.data.order import NO_GROUP
-from napo_jax.objective import Logps
 from napo_jax.reference_cache import Pieces, cache_settings, check_cacheable, weights_digest
 from napo_jax.scorer import Chosen, make_scorer
 from napo_jax.sharding import ROWS
@@ -46,15 +45,16 @@ class CachedReference:
         were on disk.
     """
 
-    def __init__(self, dataset, cells, folder):
+    def __init__(self, dataset, objective, folder):
         """Makes one that knows no values yet."""
-        table = dataset.table
+        table, cells = dataset.table, objective.reference_cells
         self.folder, self.deviation = folder, None
-        self._cells, self._numbers = cells, table.records
+        self._objective, self._cells, self._numbers = objective, cells, table.records
+        self._columns = objective.columns(reference=True)
         self._seeds = np.array([record_seed(key, dataset.config.seed) for key in table.keys])
         # By content: a record that is there twice has one row.
         self._keys, self._row_of = np.unique(np.array(table.keys), return_inverse=True)
-        self._values = np.zeros((len(self._keys), len(cells), 2), np.float32)
+        self._values = np.zeros((len(self._keys), len(cells), len(self._columns)), np.float32)
         self._known = np.zeros(len(self._keys), bool)
 
     def attach(self, batch):
@@ -77,7 +77,8 @@ class CachedReference:
         """Returns {cell: Logps of float32[B]} of records by number, int32[B]; zeros for NO_GROUP."""
         values = self._values[self._row_of[self._groups(ids)]]
         values = np.where((ids != NO_GROUP)[:, None, None], values, np.float32(0))
-        return {cell: Logps(values[:, c, 0], values[:, c, 1]) for c, cell in enumerate(self._cells)}
+        of_cell = lambda c: self._objective.from_columns(values[:, c], reference=True)
+        return {cell: of_cell(c) for c, cell in enumerate(self._cells)}
 
     def _groups(self, ids):
         """Returns the group of each record number, int[B]; of a number that has none, some group."""
@@ -110,12 +111,13 @@ class CachedReference:
             groups = self._groups(ids)
             tokens = dataset.table.answer_lengths[groups][:, columns]
             cached = self._values[self._row_of[groups]]
-            difference = np.abs(online - cached) / np.stack([tokens, np.ones_like(tokens)], axis=-1)
+            summed = np.array([column.endswith("sum") for column in self._columns])
+            difference = np.abs(online - cached) / np.where(summed, tokens[..., None], 1)
             if not difference.max() <= TOLERANCES[dtype]:  # nor is NaN
                 row, cell, kind = np.unravel_index(np.argmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)
                 raise ValueError(
                     f"{self.folder} holds another reference: {self._cells[cell]} of record {ids[row]} has the "
-                    f"{Logps._fields[kind]} {cached[row, cell, kind]:.6g} there and {online[row, cell, kind]:.6g} now, "
+                    f"{self._columns[kind]} {cached[row, cell, kind]:.6g} there and {online[row, cell, kind]:.6g} now, "
                     f"which may differ by {TOLERANCES[dtype]:g} a token; delete the folder to compute it anew"
                 )
             worst = max(worst, float(difference.max()))
@@ -140,7 +142,7 @@ class CachedReference:
             if not np.isfinite(values).all():
                 row, cell, kind = np.argwhere(~np.isfinite(values))[0]
                 raise ValueError(
-                    f"the reference gives {self._cells[cell]} of record {ids[row]} the {Logps._fields[kind]} log-prob "
+                    f"the reference gives {self._cells[cell]} of record {ids[row]} the {self._columns[kind]} log-prob "
                     f"{values[row, cell, kind]}: look at its weights and at that record"
                 )
             rows, first = np.unique(row_of[self._groups(ids)], return_index=True)
@@ -188,10 +190,10 @@ def open_reference(root, dataset, objective, model, params, *, mesh=None, batch_
         raise ValueError("several processes compute a reference together over a mesh, and none is given")
     cells = objective.reference_cells
     settings = cache_settings(dataset, objective, model.config, weights_digest(params, mesh))
-    pieces = Pieces(root, settings, cells)
-    reference = CachedReference(dataset, cells, pieces.folder)
+    pieces = Pieces(root, settings, cells, objective.columns(reference=True))
+    reference = CachedReference(dataset, objective, pieces.folder)
     reference._read(pieces)
-    scored = functools.partial(make_scorer(dataset, objective, model, cells, mesh), params)
+    scored = functools.partial(make_scorer(dataset, objective, model, cells, mesh, reference=True), params)
     if reference._known.any():
         reference.deviation = reference._check(dataset, scored, batch_size, settings["model"]["dtype"])
     reference._complete(dataset, scored, batch_size, pieces, progress)

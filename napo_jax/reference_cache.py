@@ -23,14 +23,18 @@ from napo_jax.objective import split_cell
 from napo_jax.sharding import replicated
 
 _FORMAT = 1  # of the pieces, and of the computation behind them; another number makes all anew
-_NOTHING_DRAWN = frozenset({"clean", "black", "white", "mean"})  # image variants that no seed decides
-_KINDS = ("sum", "mean")
+_NOTHING_DRAWN = frozenset({"clean", "black", "white", "mean", "rejected_image"})  # image variants that no seed decides
 
 
 def check_cacheable(objective):
-    """Raises a ValueError if an objective has no reference, or one that is not the same in every batch."""
+    """Raises a ValueError if an objective has no reference, or one that cannot be computed beforehand."""
     if not objective.reference_cells:
         raise ValueError("no term of the objective reads a reference: there is nothing to cache")
+    if terms := [term.name for term in objective.terms if term.needs_kl]:
+        raise ValueError(
+            f"the term {', '.join(terms)} reads the reference's whole distributions, which are not kept: let the "
+            "reference run along, live (train.reference live, or adapters_off)"
+        )
     if cells := [cell for cell in objective.reference_cells if split_cell(cell)[1] in BATCH_DEPENDENT]:
         raise ValueError(
             f"the picture of {', '.join(cells)} changes with the rest of its batch, so its reference cannot be "
@@ -118,14 +122,15 @@ def _mix(x):
 class Pieces:
     """The pieces under one key: rows of a record's key and its log-probs, in any order."""
 
-    def __init__(self, root, settings: dict, cells):
-        """Takes the folder of all caches, local or gs://, the `cache_settings` and the C cells; touches no file."""
+    def __init__(self, root, settings: dict, cells, columns=("sum", "mean")):
+        """Takes the folder of all caches, local or gs://, `cache_settings`, C cells and K columns; touches no file."""
         self._settings = json.dumps(settings, sort_keys=True).encode()
         self.folder = epath.Path(root).expanduser() / hashlib.blake2b(self._settings, digest_size=16).hexdigest()
-        self._columns = [f"{cell}/{kind}" for cell in cells for kind in _KINDS]
+        self._shape = len(cells), len(columns)
+        self._columns = [f"{cell}/{column}" for cell in cells for column in columns]
 
     def read(self):
-        """Yields the keys of each piece, str[R], and its log-probs, float32[R, C, 2]: summed and averaged."""
+        """Yields the keys of each piece, str[R], and its log-probs, float32[R, C, K]."""
         for file in sorted(self.folder.glob("*.parquet")) if self.folder.exists() else ():
             try:
                 table = pq.read_table(pa.BufferReader(file.read_bytes()))
@@ -134,14 +139,14 @@ class Pieces:
             if (table.schema.metadata or {}).get(b"settings") != self._settings:
                 raise ValueError(f"{file} holds values of other settings than its folder stands for; delete it")
             values = np.stack([table[column].to_numpy() for column in self._columns], axis=1)
-            yield np.array(table["key"].to_pylist()), values.reshape(len(table), -1, len(_KINDS))
+            yield np.array(table["key"].to_pylist()), values.reshape(len(table), *self._shape)
 
     def write(self, keys, values):
         """Writes a piece aside and renames it, so that nobody ever reads a part.
 
         Args:
           keys: str[R].
-          values: float32[R, C, 2].
+          values: float32[R, C, K].
         """
         arrays = [pa.array(keys, pa.string()), *(pa.array(column) for column in values.reshape(len(keys), -1).T)]
         table = pa.table(arrays, names=["key", *self._columns]).replace_schema_metadata({"settings": self._settings})

@@ -4,18 +4,20 @@ It reads the run's files alone, while the run goes on or after it has ended in a
 """
 
 import dataclasses
-import json
 import math
 import os
+import reprlib
 from collections import Counter
 from typing import Any
 
 from etils import epath
 
 from napo_jax.command import exit_with_one_line, read_flags
-from napo_jax.evals.answers import read_object
+from napo_jax.evals.answers import misfit, parse_json, read_object
 
 _FIRST, _LAST = "before", "after"  # labels of evaluations
+_MOST_STEPS = 2**53  # whole numbers beyond have no place on an axis
+_DEEPEST = 50  # levels of a config or a result; no run writes as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def read_run(workdir) -> Run:
     metrics = _read_log(workdir / "metrics.jsonl", notes)
     stopped = _read_if_there(workdir / "not_finite.json")
     step = stopped.get("step", 0)
-    if type(step) is not int or not isinstance(stopped.get("metrics", {}), dict):
+    if not _is_step(step) or not isinstance(stopped.get("metrics", {}), dict):
         raise ValueError(f"{workdir / 'not_finite.json'} has no step and its metrics; move it away")
     if not stopped or step <= max(metrics.steps, default=0):
         stopped = None  # or the run has been past it since
@@ -134,7 +136,7 @@ def _read_lines(file, notes):
     *lines, rest = file.read_bytes().split(b"\n") if file.exists() else [b""]
     for number, line in enumerate([*lines, rest] if rest else lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("no object")
         except ValueError:
@@ -150,19 +152,23 @@ def _read_log(file, notes) -> Log:
     log = Log([], {}, {}, {})
     for number, row in _read_lines(file, notes):
         step, odd = row.pop("step", None), row.pop("not_finite", None) or {}
-        if type(step) is not int or (log.steps and step <= log.steps[-1]):
-            raise ValueError(f"{file}, line {number}, has the step {step!r}; steps must be whole numbers that increase")
+        if not _is_step(step) or (log.steps and step <= log.steps[-1]):
+            step = reprlib.repr(step)
+            raise ValueError(f"{file}, line {number}, has the step {step}; steps must be whole numbers that increase")
+        if wrong := misfit(odd, {...: str}, "not_finite"):
+            raise ValueError(f"{file}, line {number}, {wrong}; mend the line or take it out")
         log.steps.append(step)
         log.last.clear()
         for name, value in row.items():
-            if is_number(value) and math.isfinite(value):
-                log.points.setdefault(name, []).append((step, float(value)))
-                log.last[name] = float(value)
-            elif value is None or is_number(value):
-                what = str(odd.get(name, "nothing") if value is None else value)
-                log.not_finite.setdefault(name, Counter())[what] += 1
+            if value is not None and not is_number(value):
+                raise ValueError(f"{file}, line {number}: {name} is {reprlib.repr(value)}, expected a number")
+            value = None if value is None else as_float(value)
+            if value is not None and math.isfinite(value):
+                log.points.setdefault(name, []).append((step, value))
+                log.last[name] = value
             else:
-                raise ValueError(f"{file}, line {number}: {name} is {value!r}, expected a number")
+                what = odd.get(name, "nothing") if value is None else str(value)
+                log.not_finite.setdefault(name, Counter())[what] += 1
     return log
 
 
@@ -189,9 +195,31 @@ def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def as_float(value) -> float:
+    """Returns a number out of JSON; one of more digits than any float has is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _is_step(value):
+    return type(value) is int and abs(value) < _MOST_STEPS
+
+
 def _read_if_there(file) -> dict:
     """Reads a file of one JSON object; returns an empty one if there is no file."""
-    return read_object(file, "write it again or move it away") if file.exists() else {}
+    if not file.exists():
+        return {}
+    remedy = "write it again or move it away"
+    content = read_object(file, remedy)
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [part for value in level for part in (value.values() if isinstance(value, dict) else value)]
+        level = [value for value in level if isinstance(value, dict | list)]
+    if level:
+        raise ValueError(f"{file} nests deeper than {_DEEPEST} levels; {remedy}")
+    return content
 
 
 def _read_scores(folder):

@@ -3,10 +3,11 @@
 import dataclasses
 import html
 import json
+import math
 
 from napo_jax.decoding import Decoding
 from napo_jax.html_page import Markup, table
-from napo_jax.report import is_number
+from napo_jax.report import as_float, is_number
 
 STYLE = """
 .benchmarks { columns: 30rem; column-gap: 2.5rem; }
@@ -103,7 +104,7 @@ def _find(run, path):
     """Returns a number; None where there is none, as of 0/0."""
     for name in path:
         run = run.get(name) if isinstance(run, dict) else None
-    return run if is_number(run) else None
+    return as_float(run) if is_number(run) else None
 
 
 def _counts(run, path):
@@ -112,8 +113,8 @@ def _counts(run, path):
     pair = counts.get(path[0]) if len(path) == 1 else None
     rows = items.get(path[0]) if len(path) == 1 else None
     if pair is None and isinstance(rows, list) and all(map(_is_pair, rows)):
-        pair = [sum(column) for column in zip(*rows, strict=True)]
-    return pair if _is_pair(pair) else None
+        pair = [sum(map(as_float, column)) for column in zip(*rows, strict=True)]
+    return [as_float(part) for part in pair] if _is_pair(pair) else None
 
 
 def _is_pair(value):
@@ -133,6 +134,8 @@ def _difference(first, last, better):
     if first is None or last is None:
         return right("-")
     change = last - first
+    if not math.isfinite(change):
+        return right("-")
     if not change:
         return right("0.00 same")
     word = "" if better is _UNCLEAR else "better" if (change > 0) == (better == _MORE) else "worse"

@@ -2,11 +2,13 @@
 
 import html
 import itertools
+import math
 
 from napo_jax import charts, report_benchmarks
 from napo_jax.charts import Line, chart, exact
 from napo_jax.data import images
 from napo_jax.html_page import picture_url, table, write_html
+from napo_jax.report import is_number
 from napo_jax.report_benchmarks import right
 
 _ABLATED = "image_ablated"  # what `evaluation` calls the term that takes the picture away
@@ -73,6 +75,8 @@ def _progress(run):
     if steps is None:
         epochs = _at(run.config, "train", "epochs")
         return f"{done:,}" + ("" if epochs is None else f"; all of them are {html.escape(str(epochs))} epochs")
+    if not is_number(steps):  # whatever else a file may say
+        return f"{done:,} of {html.escape(str(steps))}"
     left = "" if done >= steps else ", not finished"
     return f"{done:,} of {steps:,}{left}"
 
@@ -99,12 +103,18 @@ def _data(config):
 
 def _objective(config):
     lines = []
-    for term in _at(config, "objective", "terms") or []:
+    for term in _listed_terms(config):
         others = _in_line(_at(term, "other") or "")
         over = f" over {others}" if others else ""
         said = f"{_at(term, 'loss')}, {_at(term, 'preferred')}{over}, weight {_at(term, 'weight')}"
         lines.append(f"<b>{html.escape(str(_at(term, 'name')))}</b> {html.escape(said)}")
     return "<br>".join(lines)
+
+
+def _listed_terms(config):
+    """Returns the objective's terms; none if a config says something else there."""
+    terms = _at(config, "objective", "terms")
+    return [term for term in terms if isinstance(term, dict)] if isinstance(terms, list) else []
 
 
 def _at(value, *path):
@@ -135,7 +145,7 @@ def _verdict(run):
     def change(metric, share=False):
         points = run.metrics.points.get(metric, [])
         parts = [[v for s, v in points if s <= ends[0]], [v for s, v in points if s >= ends[1]]]
-        return " → ".join(exact(sum(part) / len(part) if part else None, share) for part in parts)
+        return " → ".join(exact(_mean(part) if part else None, share) for part in parts)
 
     rows = [
         (term, right(change(f"{term}/accuracy", share=True)), right(change(f"{term}/margin")))
@@ -149,12 +159,18 @@ def _verdict(run):
     )
 
 
+def _mean(values):
+    total = sum(values)
+    # Of numbers near the largest, the sum may be none though the mean is one.
+    return total / len(values) if math.isfinite(total) else sum(value / len(values) for value in values)
+
+
 def _terms(run, kinds):
     """Returns the names of terms that have a metric of some kinds, in the objective's order and then by name."""
     logs = run.metrics, run.held_out
     named = {name.rpartition("/") for log in logs for metrics in (log.points, log.not_finite) for name in metrics}
     there = {term for term, slash, kind in named if slash and kind in kinds} - {_ABLATED}
-    order = [_at(term, "name") for term in _at(run.config, "objective", "terms") or []]
+    order = [_at(term, "name") for term in _listed_terms(run.config)]
     return sorted(there, key=lambda term: (order.index(term) if term in order else len(order), term))
 
 

@@ -1,15 +1,15 @@
 """A batch under a model: the log-probs of an objective's cells."""
 
+import jax
 import jax.numpy as jnp
 
 from napo_jax.data.corruptions import image_variants
 from napo_jax.data.images import normalise
 from napo_jax.models import Groups
 from napo_jax.models.packing import Packing
-from napo_jax.objective import Logps
 
 
-def score(model, params, batch, objective, *, masks=None, dropout=None):
+def score(model, params, batch, objective, *, reference=False, dropout=None, kl_to=None):
     """Computes the log-probs of all cells of an objective.
 
     Args:
@@ -17,26 +17,48 @@ def score(model, params, batch, objective, *, masks=None, dropout=None):
       params: its parameters.
       batch: `Batch` of B groups.
       objective: `Objective` of C cells under M image variants.
-      masks: bool[B, h, h], for the variant `region`.
+      reference: whether it is the reference that scores them.
       dropout: a key for the dropout of adapters; None drops nothing.
+      kl_to: a pair of the `Llava` and the parameters of the reference; for an objective that `needs_kl`.
 
     Returns:
       {cell: Logps of float32[B]}; of use where `valid_cells` is true.
     """
-    images = image_variants(
+    kl_to = kl_to if objective.needs_kl and not reference else None
+    images = pictures_of(batch, objective, model.config.vision.patch_size, reference=reference)
+    repeat = lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], images.shape[1], *x.shape[1:]))
+    groups = Groups(
+        images,
+        repeat(batch.prefix_ids),
+        repeat(batch.prefix_lengths),
+        batch.answer_ids,
+        batch.answer_lengths,
+        edited=batch.edited if objective.counterparts else None,
+    )
+    packing = Packing(batch.bucket.tokens, batch.bucket.answers)
+    logps = model.logps(params, groups, objective.cell_image, packing=packing, dropout=dropout, reference=kl_to)
+    of_cell = lambda c: jax.tree.map(lambda x: x[:, c], logps)
+    return {cell: of_cell(c) for c, cell in enumerate(objective.cells)}
+
+
+def pictures_of(batch, objective, patch, *, reference=False):
+    """Returns a batch's pictures under the image variants of an objective, float32[B, M, S, S, 3], normalised.
+
+    Args:
+      batch: `Batch` of B groups.
+      objective: `Objective`.
+      patch: the side of the model's patches, in pixels.
+      reference: whether they are made for the reference.
+    """
+    return image_variants(
         normalise(batch.images),
         batch.seeds,
         objective.image_variants,
-        masks=masks,
-        patch=model.config.vision.patch_size,
+        masks=batch.masks,
+        rejected_images=None if batch.rejected_images is None else normalise(batch.rejected_images),
+        reference=reference,
+        patch=patch,
     )
-    repeat = lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], images.shape[1], *x.shape[1:]))
-    groups = Groups(
-        images, repeat(batch.prefix_ids), repeat(batch.prefix_lengths), batch.answer_ids, batch.answer_lengths
-    )
-    packing = Packing(batch.bucket.tokens, batch.bucket.answers)
-    logps = model.logps(params, groups, objective.cell_image, packing=packing, dropout=dropout)
-    return {cell: Logps(logps.sum[:, c], logps.mean[:, c]) for c, cell in enumerate(objective.cells)}
 
 
 def valid_cells(batch, objective):

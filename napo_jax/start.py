@@ -81,7 +81,7 @@ def abstract_parts(config: Config, model: Llava, mesh) -> Parts:
 def first_state(trained, optimizer, mesh):
     """Returns what makes the first state of the trained leaves, which it may consume, and the state's shapes.
 
-    What the optimizer keeps of a leaf lies where the leaf does, and all else on every device.
+    What the optimizer keeps of a leaf in its shape lies where the leaf does, and all else on every device.
 
     Args:
       trained: {path: leaf}, arrays or shapes with shardings.
@@ -93,7 +93,8 @@ def first_state(trained, optimizer, mesh):
 
     def place(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        sharding = where[names[-1]] if names else replicated(mesh)
+        alike = names and leaf.shape == trained[names[-1]].shape
+        sharding = where[names[-1]] if alike else replicated(mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     shapes = jax.tree_util.tree_map_with_path(place, jax.eval_shape(begin, trained))

@@ -61,15 +61,23 @@ def make_train_step(model, objective, optimizer, *, accumulate=1, mesh=None, see
       train_step(state, frozen, batch) -> (TrainState, {name: float32[]}), to be jitted with `state` donated.
     """
 
-    def score_with(params, frozen, batch, dropout=None):
+    def whole_model(params, frozen):
         # Master parameters are cast where they lie, so that what is gathered from other devices is half as large.
         params = {path: leaf.astype(model.config.dtype) for path, leaf in params.items()}
-        runs = without_missing_adapters(model, params)
-        return score(runs, unflatten(params, frozen.params), batch, objective, dropout=dropout)
+        return without_missing_adapters(model, params), unflatten(params, frozen.params)
+
+    def score_with(params, frozen, batch, dropout=None, reference=False):
+        kl_to = None
+        if objective.needs_kl and not reference:
+            if frozen.reference is None:
+                raise ValueError("the objective reads the reference's whole distributions, and none runs along")
+            kl_to = whole_model(frozen.reference, frozen)
+        runs, tree = whole_model(params, frozen)
+        return score(runs, tree, batch, objective, reference=reference, dropout=dropout, kl_to=kl_to)
 
     def reference_of(frozen, batch):
         if frozen.reference is not None:
-            return jax.lax.stop_gradient(score_with(frozen.reference, frozen, batch))
+            return jax.lax.stop_gradient(score_with(frozen.reference, frozen, batch, reference=True))
         if objective.reference_cells and batch.reference is None:
             raise ValueError("the objective needs the reference's log-probs, and neither batch nor frozen has them")
         return batch.reference or {}

@@ -1,4 +1,4 @@
-"""Trains: `python -m napo_jax.train --config configs/debug.py --workdir runs/a`.
+"""Trains: `python -m napo_jax.train --config configs/debug.py`, with `--workdir runs/a` to keep it elsewhere.
 
 The same command, given again, goes on from the last checkpoint of its workdir.
 """
@@ -15,16 +15,19 @@ import jax
 from napo_jax.arithmetic import step_flops
 from napo_jax.checkpoint import Checkpoints
 from napo_jax.command import exit_with_one_line
-from napo_jax.config import Config, parse
+from napo_jax.config import Config, ModelConfig, config_name, parse
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.loader import on_devices
+from napo_jax.data.prompts import Prompter
 from napo_jax.data.records import find_files
 from napo_jax.evaluation import HeldOut
-from napo_jax.journal import Journal, StoppedError, exit_when_stopped
+from napo_jax.journal import TERMINATED, Journal, StoppedError, exit_when_stopped
 from napo_jax.metrics import Console, peak_flops
-from napo_jax.model_source import absolute, find_model, is_workdir
+from napo_jax.mixed_reference import MixedReference
+from napo_jax.model_source import absolute, find_model, is_workdir, load_leaves
+from napo_jax.models import Llava
 from napo_jax.models.llava import without_missing_adapters
-from napo_jax.models.lora import is_adapter
+from napo_jax.models.lora import LoraConfig, is_adapter
 from napo_jax.optim import learning_rates, make_optimizer, unflatten
 from napo_jax.preemption import StopSignal
 from napo_jax.processes import together
@@ -35,14 +38,13 @@ from napo_jax.start import first_state, load_parts, make_model
 from napo_jax.step import Frozen, make_train_step
 from napo_jax.versions import versions
 
-_INTERRUPTED = 143  # what a shell reports of a program that SIGTERM ended
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The command's own options."""
 
     # Where the run is kept: config.json, metrics.jsonl, held_out.jsonl, checkpoints/ and report.html. Local or gs://.
+    # None: runs/ and the name of the config file.
     workdir: str | None = None
     # Whether this is one of several processes that train together, one for each host of a pod.
     distributed: bool = False
@@ -77,11 +79,12 @@ def train(config: Config, workdir, console=None):
 
     # What is trained, and on what.
     dataset = open_dataset(config.data, config.objective, source.tokenizer, shape)
-    loader = dataset.loader()
-    steps = config.train.steps or max(1, round(config.train.epochs * loader.order.steps_per_epoch))
+    steps = config.train.steps or max(1, round(config.train.epochs * dataset.training_order(1).steps_per_epoch))
+    loader = dataset.loader(dataset.training_order(steps))
     model = make_model(config, shape)
     trained, frozen, whole = load_parts(config, source, model, mesh)
     optimizer = make_optimizer(config.optimizer, steps)
+    console.note(f"workdir  {workdir}")
     for line in _report(config, source, dataset, steps, trained, frozen, whole):
         console.note(line)
 
@@ -190,7 +193,7 @@ def train(config: Config, workdir, console=None):
                     save(number, measured)
                 if asked and not last:
                     raise StoppedError(
-                        f"asked to stop: saved step {number}; the same command goes on from there", _INTERRUPTED
+                        f"asked to stop: saved step {number}; the same command goes on from there", TERMINATED
                     )
     finally:
         try:
@@ -230,11 +233,26 @@ def _reference(config, dataset, model, trained, frozen, mesh, console):
     # Adapters begin at 0, so that without them it is the same model.
     base = {path: leaf for path, leaf in trained.items() if not is_adapter(path)}
     if config.train.reference == "cache":
-        tree, root = unflatten(compute(base), frozen), dataset.cache / "reference"
         options = {"batch_size": config.data.batch_size // config.train.accumulate, "progress": _Sometimes(console)}
-        model = model.without_adapters
-        return open_reference(root, dataset, config.objective, model, tree, mesh=mesh, **options), None
+        kept = functools.partial(
+            open_reference, dataset.cache / "reference", dataset, config.objective, mesh=mesh, **options
+        )
+        first = kept(model.without_adapters, unflatten(compute(base), frozen))
+        return first if config.train.second.path is None else _mixed(config, dataset, first, kept, mesh), None
     return None, compute(trained if config.train.reference == "live" else base)
+
+
+def _mixed(config, dataset, first, kept, mesh):
+    """Returns the first reference with the second one mixed in."""
+    mixing = config.train.second
+    source = find_model(ModelConfig(path=mixing.path))
+    model = make_model(dataclasses.replace(config, lora=LoraConfig()), source.shape)
+    model = Llava(dataclasses.replace(model.config, param_dtype=model.config.dtype))  # it computes, and never trains
+    prompter = Prompter(source.tokenizer, config.data.template, source.shape.vision.image_tokens)
+    reads = prompter.fingerprint, source.shape.vision.image_size
+    if reads != (dataset.prompter.fingerprint, dataset.vision.image_size):
+        raise ValueError(f"train.second.path: {source} reads words or pictures otherwise than the trained model")
+    return MixedReference(first, kept(model, unflatten(load_leaves(source, model, mesh))), mixing)
 
 
 def _begun(workdir):
@@ -245,7 +263,12 @@ def _begun(workdir):
 
 def _check_same(begun, settings, workdir):
     """Raises if a run would go on with another meaning of what it has saved."""
-    for part, names in (("model", ("path", "size")), ("lora", None), ("train", ("seed",)), ("objective", None)):
+    for part, names in (
+        ("model", ("path", "size")),
+        ("lora", None),
+        ("train", ("seed", "second")),
+        ("objective", None),
+    ):
         for name in (names or settings[part]) if begun else ():
             before, now = begun[part][name], settings[part][name]
             if before != now:
@@ -295,18 +318,18 @@ def settings_of(config):
     The model's path is made absolute: a later run that begins with this one may be started elsewhere.
     """
     values = dataclasses.asdict(config)
-    if config.model.path is not None:
-        values["model"]["path"] = str(absolute(config.model.path))
+    for part in (values["model"], values["train"]["second"]):
+        if part["path"] is not None:
+            part["path"] = str(absolute(part["path"]))
     return json.loads(json.dumps(values, default=lambda value: getattr(value, "__name__", str(value))))
 
 
 def main(argv=None):
     """Runs the command."""
     config, options = parse(Options, argv, description=__doc__)
-    if options.workdir is None:
-        raise ValueError("say where the run is kept: --workdir runs/a, for example")
+    workdir = options.workdir or f"runs/{config_name(argv)}"
     with together() if options.distributed else contextlib.nullcontext(), exit_when_stopped():
-        train(config, options.workdir)
+        train(config, workdir)
 
 
 if __name__ == "__main__":

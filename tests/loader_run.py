@@ -10,8 +10,8 @@ import sys
 from napo_jax.config import DataConfig
 from napo_jax.data.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from napo_jax.data.dataset import open_dataset
+from napo_jax.methods import napo
 from napo_jax.models import LlavaConfig
-from napo_jax.objective import napo
 
 BATCH = 6
 

@@ -101,3 +101,10 @@ def napo_objective(policy, reference, beta=0.1):
         "vision_bias": (np.mean(box_cox(beta * margin("image_only", "sum"), q_vision)), q_vision, weights[2]),
     }
     return sum(weight * loss for loss, _, weight in terms.values()), terms
+
+
+def kto_pair(pc, pr, rc, rr, beta):
+    """Returns one minus the mean value of both answers, each against how far the others of the batch have moved."""
+    chosen, rejected = pc - rc, pr - rr
+    z_chosen, z_rejected = (beta * max(np.mean(h), 0) for h in (chosen, rejected))
+    return 1 - (sigmoid(beta * chosen - z_rejected) + sigmoid(z_chosen - beta * rejected)) / 2

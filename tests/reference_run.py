@@ -13,16 +13,19 @@ import numpy as np
 from loader_run import dataset_of
 
 from napo_jax import reference, scorer
+from napo_jax.methods import napo
 from napo_jax.models import Llava, LlavaConfig
-from napo_jax.objective import Logps, napo
+from napo_jax.objective import Logps
 from napo_jax.sharding import MeshConfig, make_mesh
 
 ROWS, BATCH, PIECE = 37, 4, 6
 WEIGHTS = np.arange(8, dtype=np.float32)
 
 
-def quick_score(model, params, batch, objective):
+def quick_score(model, params, batch, objective, *, reference, kl_to):
     """Stands in for `score`: whole numbers made of a row's words, picture and seed, so exact in any company."""
+    assert reference, "what fills the cache is the reference"
+    assert kl_to is None
     place = 1 + jnp.arange(batch.answer_ids.shape[-1], dtype=jnp.int32)
     words = jnp.sum(batch.answer_ids * place[None, None], axis=-1) + jnp.sum(batch.prefix_ids, axis=-1)[:, None]
     pixels = jnp.sum(batch.images.astype(jnp.int32), axis=(1, 2, 3)) % 1009

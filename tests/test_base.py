@@ -49,12 +49,16 @@ def test_the_recipe_has_all_that_makes_the_files(monkeypatch):
 
 
 def test_a_new_option_is_no_other_recipe():
-    made = {"config": {"rate": 1, "steps": {"all": 3}}, "rows": [1, 2]}
-    assert differences(made, {"config": {"rate": 1, "steps": {"all": 3, "new": 0}, "more": None}, "rows": [1, 2]}) == []
+    made = {"config": {"rate": 1, "steps": {"all": 3}}, "rows": [1, 2], "terms": [{"weight": 1}]}
+    more = {"config": {"rate": 1, "steps": {"all": 3, "new": 0}, "more": None}, "rows": [1, 2]}
+    assert differences(made, more | {"terms": [{"weight": 1, "new": 0}]}) == []
+    assert differences(made, more | {"terms": [{"weight": 2}]}) == ["terms.0.weight"]
+    assert differences(made, more | {"terms": []}) == ["terms"]
     assert differences(made, {"config": {"rate": 2, "steps": {}}, "rows": [1]}) == [
         "config.rate",
         "config.steps.all",
         "rows",
+        "terms",
     ]
 
 
@@ -89,6 +93,25 @@ def test_pairs_are_those_of_the_world_with_built_answers(tmp_path):
         said = [row for row in rows if row[name] is not None]
         assert len(said) > 0.95 * len(rows), "a row that lacks one is not trained on"
         assert sum(row[name] != row["chosen"] for row in said) > len(rows) / 3
+    # Without the picture it says what habit says, in whole sentences, and not just anything that is not true.
+    asked = [(row, records.draw_pair(PAIRS_SEED, row["idx"])[1]) for row in rows[:1000]]
+    first = lambda text: text.partition(".")[0]
+    by_habit = {
+        kind: np.mean([first(row["question_only"]) == first(one.habit) for row, one in asked if one.kind == kind])
+        for kind in ("colour", "place", "count")
+    }
+    assert by_habit["colour"] == 1
+    assert by_habit["place"] > 0.8
+    assert by_habit["count"] > 0.5
+
+
+def test_the_strength_of_the_bias_is_a_parameter_of_the_recipe():
+    weaker = make_base.recipe(records.Bias(habit=0.3, flood=0.0))
+    assert make_base.differences(make_base.recipe(), weaker) == ["lessons"]
+    options = make_base.read_flags(make_base.Options, ["--output", "x", "--bias.habit", "0.3"], description="")
+    assert options.bias == records.Bias(habit=0.3)
+    with pytest.raises(ValueError, match=r"bias\.habit is a probability, from 0 to 1, got 1\.5"):
+        records.Bias(habit=1.5)
 
 
 def test_a_few_steps_of_the_config_cure_some_of_the_bias(tmp_path, capsys, monkeypatch):

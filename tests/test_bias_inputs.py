@@ -25,6 +25,14 @@ def rows(count, **change):
     ]
 
 
+FIELDS = [
+    pa.field("image_only", pa.string()),
+    pa.field("image_only_made_by", pa.dictionary(pa.int32(), pa.string())),
+    pa.field("keywords", pa.list_(pa.string())),
+    pa.field("region", pa.struct({"side": pa.int64(), "bits": pa.binary()})),
+]
+
+
 def write(folder, count, name="a.parquet", metadata=None, **options):
     folder.mkdir(exist_ok=True)
     table = pa.Table.from_pylist(rows(count))
@@ -38,17 +46,22 @@ def opened(path, names=NAMES, columns=None, output="/elsewhere"):
 
 
 def again(file, folder, count, answers=None):
-    """Writes the file with answers that name their rows."""
+    """Writes the file with answers that name their rows, and with columns of other types."""
     folder.mkdir(exist_ok=True)
-    say = lambda row, values: {name: (f"{name} {row} {values['question']}", None) for name in NAMES}
-    write_output(file, epath.Path(folder), count, NAMES, answers or say, dict.fromkeys(NAMES, '{"of": "x"}'))
+    say = lambda row, values: {
+        "image_only": f"image_only {row} {values['question']}",
+        "image_only_made_by": "{}",
+        "keywords": ["cat", str(row)] if row else None,
+        "region": {"side": row, "bits": bytes([row])} if row else None,
+    }
+    write_output(file, epath.Path(folder), count, FIELDS, answers or say)
     return pq.ParquetFile(folder / file.path.name)
 
 
 def test_rows_by_number_in_order_whatever_the_threads(tmp_path):
     (file,) = opened(write(tmp_path / "in", 11))
     assert (file.rows, file.groups) == (11, (4, 4, 3))
-    got = list(read_rows(file, {9, 0, 4, 3}, lambda number, record: (number, record.question, record.image), **LOOK))
+    got = list(read_rows(file, {9, 0, 4, 3}, lambda number, record, _: (number, record.question, record.image), **LOOK))
     assert got == [(i, (i, f"What is {i}?", png(i))) for i in (0, 3, 4, 9)]
     assert list(read_rows(file, set(), lambda *_: 1 / 0, **LOOK)) == []
     assert list(read_questions(file)) == [f"What is {i}?" for i in range(11)]
@@ -61,7 +74,9 @@ def test_what_goes_wrong_with_a_row_is_said_in_its_place(tmp_path):
     (tmp_path / "in").mkdir()
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "in" / "a.parquet")
     (file,) = opened(tmp_path / "in")
-    got = dict(read_rows(file, set(range(4)), lambda _, record: record if isinstance(record, str) else "", **LOOK))
+    got = dict(
+        read_rows(file, set(range(4)), lambda _, record, values: record if isinstance(record, str) else "", **LOOK)
+    )
     assert got == {0: "", 1: "image_truncated", 2: "no_question", 3: ""}
     assert list(read_questions(file)) == ["What is 0?", "What is 1?", None, "What is 3?"]
 
@@ -82,8 +97,9 @@ def test_the_file_again_with_its_row_groups_and_all_it_had(tmp_path, codec):
     assert [out.metadata.row_group(i).num_rows for i in range(3)] == [4, 4, 3]
     assert out.metadata.row_group(0).column(0).compression.lower() == codec.replace("none", "uncompressed")
     assert after["image_only"].to_pylist() == [f"image_only {i} What is {i}?" for i in range(11)]
-    assert after["image_only_fault"].null_count == 11
-    assert set(after["question_only_made_by"].to_pylist()) == {'{"of": "x"}'}
+    assert set(after["image_only_made_by"].to_pylist()) == {"{}"}
+    assert after["keywords"].to_pylist() == [None, *(["cat", str(i)] for i in range(1, 11))]
+    assert after["region"].to_pylist() == [None, *({"side": i, "bits": bytes([i])} for i in range(1, 11))]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.parquet"]
 
 
@@ -96,12 +112,10 @@ def test_the_first_rows_alone(tmp_path):
 
 def test_none_is_null(tmp_path):
     (file,) = opened(write(tmp_path / "in", 2))
-    table = again(
-        file, tmp_path / "out", 2, lambda row, _: {"question_only": (None, "cut"), "image_only": ("", None)}
-    ).read()
-    assert table["question_only"].to_pylist() == [None, None]
-    assert table["question_only_fault"].to_pylist() == ["cut", "cut"]
+    nothing = {field.name: None for field in FIELDS} | {"image_only": ""}
+    table = again(file, tmp_path / "out", 2, lambda row, _: nothing).read()
     assert table["image_only"].to_pylist() == ["", ""]
+    assert all(table[field.name].null_count == 2 for field in FIELDS if field.name != "image_only")
 
 
 def test_what_the_datasets_library_keeps_of_its_columns_knows_the_new_ones(tmp_path):
@@ -111,7 +125,9 @@ def test_what_the_datasets_library_keeps_of_its_columns_knows_the_new_ones(tmp_p
     got = again(file, tmp_path / "out", 3).schema_arrow.metadata
     known = json.loads(got[b"huggingface"])["info"]["features"]
     text = {"dtype": "string", "_type": "Value"}
-    assert known == features | {f"{name}{suffix}": text for name in NAMES for suffix in ("", "_fault", "_made_by")}
+    region = {"side": {"dtype": "int64", "_type": "Value"}, "bits": {"dtype": "binary", "_type": "Value"}}
+    words = {"keywords": {"feature": text, "_type": "Sequence"}, "region": region}
+    assert known == features | {"image_only": text, "image_only_made_by": text} | words
     assert got[b"other"] == b"stays"
 
 
@@ -123,7 +139,7 @@ def test_a_writing_that_fails_leaves_the_file_that_was_there(tmp_path):
     def fail(row, values):
         if row == 5:
             raise KeyboardInterrupt
-        return dict.fromkeys(NAMES, ("x", None))
+        return {field.name: None for field in FIELDS}
 
     with pytest.raises(KeyboardInterrupt):
         again(file, tmp_path / "out", 11, fail)
@@ -172,7 +188,7 @@ def test_inputs_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "in")
     with pytest.raises(DataError, match="would be written over"):
         opened(source, output=tmp_path / "link")
-    with pytest.raises(DataError, match="has a column chosen already; drop it there, or leave that answer out"):
+    with pytest.raises(DataError, match="has a column chosen already; drop it there, or do not build it again"):
         opened(source, names=["chosen"])
     with pytest.raises(DataError, match="has no column what for 'question'"):
         opened(source, columns={"question": "what"})

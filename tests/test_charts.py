@@ -1,5 +1,6 @@
 """Charts: round ticks, spikes that stay, one scale for all that is drawn, lines that can be told apart."""
 
+import itertools
 import math
 import random
 import re
@@ -75,6 +76,21 @@ def test_points_ticks_and_marks_have_one_scale():
     mark = re.search(r'<svg x="([\d.]+)%" y="([\d.]+)%"><g class="mark"', drawn)
     assert (float(mark[1]), float(mark[2])) == (50, heights[0])
     assert "a, held out, step 5: 0" in drawn
+
+
+NUMBERS = (0.0, 5e-324, 1e-310, 1e-299, 1.0, 1 + 2**-52, 1e16, 1e300, 1.5e300, 1.7e308, -1e308, -1.0)
+
+
+@pytest.mark.parametrize("looks", [{}, {"zero": False}, {"share": True}, {"share": True, "limits": (0, 1)}])
+def test_whatever_the_numbers_there_is_a_chart(looks):
+    draw = random.Random(4)
+    many = [[draw.choice(NUMBERS) for _ in range(count)] for count in (1, 50, 900)]
+    for values in (*many, *itertools.product(NUMBERS, NUMBERS)):
+        points = list(enumerate(values))
+        drawn = chart("A", [Line("a", "a", points, values[-1], points[:2])], len(values), len(values), **looks)
+        for numbers in re.findall(r' (?:points|x|y|y1|cx|cy)="([^"]*)"', drawn):
+            assert all(abs(float(number)) <= 1000 for number in re.split(r"[ ,]", numbers.replace("%", "")))
+        assert all(len(label) < 12 for label in re.findall(r'text-anchor="end">([^<]*)<', drawn))
 
 
 def test_lines_can_be_told_apart_without_colour():

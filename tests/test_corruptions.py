@@ -22,15 +22,18 @@ MASKS = np.random.default_rng(1).random((BATCH, 4, 4)) < 0.4
 MASKS[3] = False
 
 
+OTHERS = IMAGES[::-1].copy()
+
+
 @quick_jit
-def all_variants(images, seeds, masks):
-    return image_variants(images, seeds, VARIANTS, masks=masks)
+def all_variants(images, seeds, masks, others):
+    return image_variants(images, seeds, VARIANTS, masks=masks, rejected_images=others)
 
 
 @functools.cache
 def variants():
     """Returns {name: float32[B, S, S, 3]} of the batch above."""
-    made = np.asarray(all_variants(IMAGES, SEEDS, MASKS))
+    made = np.asarray(all_variants(IMAGES, SEEDS, MASKS, OTHERS))
     assert made.dtype == np.float32
     return dict(zip(VARIANTS, made.swapaxes(0, 1), strict=True))
 
@@ -59,7 +62,7 @@ def distance(a, b):
 
 def test_a_record_has_the_same_variants_in_any_company_and_place():
     order = np.array([5, 0, 3])
-    made = np.asarray(all_variants(IMAGES[order], SEEDS[order], MASKS[order])).swapaxes(0, 1)
+    made = np.asarray(all_variants(IMAGES[order], SEEDS[order], MASKS[order], OTHERS[order])).swapaxes(0, 1)
     same = {name for name, image in zip(VARIANTS, made, strict=True) if np.array_equal(image, variants()[name][order])}
     assert set(VARIANTS) - same == BATCH_DEPENDENT == {"swap"}
 
@@ -67,7 +70,7 @@ def test_a_record_has_the_same_variants_in_any_company_and_place():
 def test_variants_are_the_same_over_eight_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    made = all_variants(*jax.device_put((IMAGES, SEEDS, MASKS), sharding))
+    made = all_variants(*jax.device_put((IMAGES, SEEDS, MASKS, OTHERS), sharding))
     for name, image in zip(VARIANTS, np.asarray(made).swapaxes(0, 1), strict=True):
         np.testing.assert_array_equal(image, variants()[name], err_msg=name)
 
@@ -90,6 +93,18 @@ def test_the_seed_decides(name):
     np.testing.assert_array_equal(made[0], made[1])
     for other in made[2:]:
         assert np.mean(other != made[0]) > 0.3
+
+
+def test_a_rejected_picture_is_the_records_own():
+    np.testing.assert_array_equal(variants()["rejected_image"], OTHERS)
+
+
+def test_the_reference_draws_a_crop_anew_where_it_is_asked_to():
+    """As released, mDPO crops in each forward pass: policy and reference see two crops. Elsewhere they see one."""
+    for name in ("crop", "crop_anew", "diffusion"):
+        same = np.array_equal(make(name), make(name, reference=True))
+        assert same == (name != "crop_anew"), name
+    assert not np.array_equal(make("crop"), make("crop_anew"))
 
 
 def test_no_two_variants_of_a_record_share_noise():
@@ -301,7 +316,7 @@ def test_every_patch_goes_everywhere():
 @pytest.mark.parametrize(
     ("variants", "changes", "message"),
     [
-        (("clean", "blur"), {}, "no image variant blur; there are clean, crop, diffusion, .*swap"),
+        (("clean", "blur"), {}, "no image variant blur; there are clean, crop, .*diffusion, .*swap"),
         (("clean",), {"images": IMAGES[0]}, r"float32\[B, S, S, 3\], got float32\[56, 56, 3\]"),
         (("clean",), {"images": IMAGES[:, :50]}, r"float32\[B, S, S, 3\], got float32\[8, 50, 56, 3\]"),
         (("clean",), {"images": IMAGES.astype(np.uint8)}, "got uint8"),
@@ -311,6 +326,7 @@ def test_every_patch_goes_everywhere():
         (("region",), {"masks": MASKS.astype(np.float32)}, r"bool\[8, h, w\].*got float32"),
         (("region",), {"masks": MASKS[:2]}, r"got bool\[2, 4, 4\]"),
         (("region",), {"masks": np.ones((BATCH, 24, 24), bool)}, "that divide 56"),
+        (("rejected_image",), {}, r"rejected_image needs pictures \[8, 56, 56, 3\], got \[\]"),
         (("diffusion",), {"step": 1000}, "from 0 to 999, got 1000"),
         (("diffusion",), {"step": -1}, "from 0 to 999, got -1"),
         (("diffusion",), {"space": "latent"}, "got 'latent'"),

@@ -1,5 +1,6 @@
 """What a config says reaches the part that it is about, and what does not fit the model is refused."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -15,9 +16,12 @@ from napo_jax.data.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.prompts import TEMPLATES
 from napo_jax.data.records import DataError
-from napo_jax.losses import dpo_loss
+from napo_jax.data.regions import Region, read_region
+from napo_jax.data.sources import RowError
+from napo_jax.losses import dpo_loss, sft_loss, softmax_preference_loss
+from napo_jax.methods import napo
 from napo_jax.models import LlavaConfig
-from napo_jax.objective import Objective, Term, napo
+from napo_jax.objective import Objective, Term
 
 ANSWERS = ("chosen", "rejected", "question_only", "image_only")
 
@@ -51,9 +55,79 @@ def test_an_unknown_image_variant_is_refused(tmp_path):
     objective = Objective((Term("image", dpo_loss, "chosen", "chosen@sepia"),))
     with pytest.raises(ValueError, match=r"image variants \['sepia'\]; there are clean, crop"):
         open_with(tmp_path, objective)
-    objective = Objective((Term("image", dpo_loss, "chosen", "chosen@region"),))
-    with pytest.raises(ValueError, match="records hold no masks of regions yet"):
-        open_with(tmp_path, objective)
+
+
+def write_extras(file, regions, rejected=None):
+    """Writes three rows with what a column of regions holds, and another picture each."""
+    columns = {"image": [png(i) for i in range(3)], "question": ["What?"] * 3, "chosen": ["a", "b", "c"]}
+    columns |= {"region": regions, "retrieved_image": rejected or [png(9 + i) for i in range(3)]}
+    pq.write_table(pa.table(columns), file)
+
+
+EXTRAS = Objective((Term("image", softmax_preference_loss, "chosen", ("chosen@region", "chosen@rejected_image")),))
+
+
+def test_a_batch_has_the_regions_and_rejected_pictures_that_an_objective_needs(tmp_path):
+    mask = np.arange(16).reshape(4, 4) % 3 == 0
+    write_extras(tmp_path / "rows.parquet", [Region.of(mask, "pad").column] * 3)
+    files = {"path": (str(tmp_path / "rows.parquet"),)}
+    dataset = open_with(tmp_path, EXTRAS, **files)
+    batch = next(dataset.loader(dataset.order(shuffle=False, keep_rest=True, batch_size=4), rows=(0, 4))())
+    np.testing.assert_array_equal(batch.masks, [mask, mask, mask, np.zeros((4, 4), bool)])
+    assert batch.rejected_images[:, 0, 0, 0].tolist() == [9, 10, 11, 0]
+    assert batch.images[:, 0, 0, 0].tolist() == [0, 1, 2, 0]
+    plain = open_with(tmp_path, Objective((Term("text", sft_loss, "chosen"),)), **files)
+    batch = next(plain.loader(rows=(0, 2))())
+    assert batch.masks is None
+    assert batch.rejected_images is None
+    assert not set(plain.table.keys) & set(dataset.table.keys), "another picture or region is another record"
+
+
+def test_a_row_without_what_an_objective_needs_is_counted(tmp_path):
+    whole = Region.of(np.ones((4, 4)), "pad")
+    regions = [whole.column, None, whole.column | {"bits": b"too long"}]
+    rejected = [png(1)[:-30], png(2), png(3)]
+    write_extras(tmp_path / "rows.parquet", regions, rejected)
+    files = {"path": (str(tmp_path / "rows.parquet"),)}
+    with pytest.raises(DataError, match="bad_region 1, no_region 1, rejected_image_truncated 1"):
+        open_with(tmp_path, EXTRAS, **files)
+    # As JSON has them, and a file that lacks a column.
+    row = {"image": "a.png", "question": "What?", "chosen": "a", "rejected_image": "a.png"}
+    (tmp_path / "a.png").write_bytes(png())
+    region = whole.column | {"bits": base64.b64encode(whole.bits).decode()}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"region": region}) + "\n")
+    assert open_with(tmp_path, EXTRAS, path=(str(tmp_path / "rows.jsonl"),)).records[0].region == whole
+    (tmp_path / "less.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="has no column region for 'region'"):
+        open_with(tmp_path, EXTRAS, path=(str(tmp_path / "less.jsonl"),))
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        (Region.of(np.ones((4, 4)), "crop"), "4 x 4 cells, image_rule crop, exif False, and this run needs"),
+        (Region.of(np.ones((4, 4)), "pad", exif=True), "image_rule pad, exif True, and this run needs"),
+        (Region.of(np.ones((5, 5)), "pad"), "cells that tile 32 pixels"),
+    ],
+    ids=["rule", "exif", "side"],
+)
+def test_regions_of_another_square_are_refused(tmp_path, region, message):
+    write_extras(tmp_path / "rows.parquet", [region.column] * 3)
+    with pytest.raises(DataError, match=message):
+        open_with(tmp_path, EXTRAS, path=(str(tmp_path / "rows.parquet"),))
+
+
+def test_a_region_comes_back_from_its_bits():
+    mask = np.random.default_rng(0).random((7, 7)) < 0.3
+    region = Region.of(mask, "pad")
+    assert len(region.bits) == 7  # 49 cells
+    np.testing.assert_array_equal(region.mask, mask)
+    assert read_region(region.column) == region
+    with pytest.raises(ValueError, match="must be square"):
+        Region.of(np.ones((3, 4)), "pad")
+    for name, wrong in (("side", 6), ("side", True), ("rule", "stretch"), ("exif", 1), ("bits", "?"), ("bits", 7)):
+        with pytest.raises(RowError, match="bad_region"):
+            read_region(region.column | {name: wrong})
 
 
 def png(value=0, exif=None):

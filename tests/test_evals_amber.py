@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 
@@ -133,6 +135,13 @@ def test_descriptions_counted_by_hand(data):
     assert result["items"]["Hal"] == [[0, 1], [1, 1]]
     assert (result["CHAIR"], result["Hal"]) == (40, 50)
     assert "accuracy" not in result
+
+
+def test_nouns_of_every_kind_count_as_they_are_written(data):
+    tagger = Language("tagged", str.split, lambda text: [tuple(word.split("/")) for word in text.split()])
+    said = rows("sea/NN log/NNS boat/NNP pond/NNPS wave/VB tree/NNX Pond/NN", "leaf/JJ")
+    result = amber.score(data, said, part="generative", language=tagger, alike=str.__eq__)
+    assert result["items"]["CHAIR"] == [[2, 5], [0, 0]]  # whatever begins with NN; the pond and the log are made up
 
 
 def test_the_start_of_denominators_shows_in_small_counts(data):
@@ -268,6 +277,13 @@ def test_the_plain_variant_needs_nothing(data):
     assert (result["language"], result["similarity"]) == ("plain", "equal")
 
 
+@pytest.mark.parametrize("variant", ["official", "normalised"])
+def test_nouns_are_those_of_nltk_if_no_other_reads_them(data, monkeypatch, variant):
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    with pytest.raises(ValueError, match="words are read with nltk"):
+        amber.score(data, rows("trees", "trees"), part="generative", variant=variant, alike=alike)
+
+
 def test_the_table_of_likeness(data, tmp_path):
     with pytest.raises(ValueError, match=r"similarity\.json is missing; make it once"):
         read_table(data, [])
@@ -288,6 +304,23 @@ def test_the_table_of_likeness(data, tmp_path):
     (data / "similarity.json").write_text('{"above": 0.7, "alike": {}}')
     with pytest.raises(ValueError, match=r"more alike than 0\.8"):
         read_table(data, vocabulary)
+
+
+def test_likeness_is_that_of_large_word_vectors_if_no_other_is_given(data, monkeypatch):
+    class Text(str):
+        def similarity(self, other):
+            return 0.81 if {self, other} == {"tree", "log"} else 0.8
+
+    def load(model):
+        nlp = lambda word: Text(word)
+        nlp.meta = {"version": model[-2:]}
+        return nlp
+
+    monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(__version__="1", load=load))
+    write_table(data)
+    found, made_by = read_table(data, ASSOCIATION)
+    assert made_by == "spacy 1, en_core_web_lg lg"
+    assert [word for word in ASSOCIATION if found("log", word)] == ["tree"]
 
 
 def test_damaged_files_are_named(data):

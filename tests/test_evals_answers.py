@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from napo_jax.evals.answers import Question, choose, fingerprint, join, read_rows, write_row
+from napo_jax.evals.answers import Question, choose, fingerprint, join, misfit, read_object, read_rows, write_row
 
 QUESTIONS = [
     Question(key, f"What is {key}?", None, {"prompt": f"What is {key}?", "id": i}) for i, key in enumerate("abc")
@@ -53,12 +53,37 @@ def test_several_files_by_folder_and_by_glob(tmp_path):
         (b'[{"key": "a"}, null]', "line 1, holds a JSON NoneType"),
         (b'{"key": ' + b"1" * 5000 + b"}", "line 1, is not JSON"),
         (b"{" * 100_000, "line 1, is not JSON"),
+        (b'{"a":' * 100_000, r"line 1, is not JSON \(it is nested too deeply\)"),
+        (
+            b'{"key": "a"}\n{"key": "b", "text": "x", "text": "y"}',
+            "line 2: an object has 'text' more than once, 'x' and",
+        ),
     ],
 )
 def test_damage_is_a_line_with_its_place(tmp_path, damage, message):
     (tmp_path / "answers.jsonl").write_bytes(damage)
     with pytest.raises(ValueError, match=rf"answers\.jsonl, {message}[^\n]*$"):
         read_rows(tmp_path / "answers.jsonl")
+
+
+def test_an_object_of_another_shape_is_named(tmp_path):
+    file = tmp_path / "a.json"
+    shape = {"rows": [{"id": int}], "names": {...: [str]}}
+    for content, message in (
+        ({"rows": [{"id": 1}, {"id": True}], "names": {}}, r"has true as rows\[1\].id, expected a whole number"),
+        ({"rows": [{"id": 1}, 2], "names": {}}, r"has 2 as rows\[1\], expected an object"),
+        ({"rows": [{"name": 1}], "names": {}}, r"has no id in rows\[0\]"),
+        ({"rows": [], "names": {"a": ["b"], "c": "d"}}, "has 'd' as names.c, expected a list"),
+        ({"names": {}}, "has no rows"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"a.json {message}; mend it$"):
+            read_object(file, "mend it", shape)
+    file.write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match=r"a.json is not JSON \(it is nested too deeply\); mend it"):
+        read_object(file, "mend it")
+    assert misfit({"rows": [{"id": 1, "more": None}], "names": {"a": ["b"]}}, shape) is None
+    assert misfit("x", (int, float, type(None))) == "is 'x', expected a number or null"
 
 
 def test_nothing_is_no_file(tmp_path):
@@ -78,6 +103,8 @@ def test_every_question_has_exactly_one_answer():
         join(QUESTIONS, [*ROWS, ROWS[0] | {"key": "x"}, ROWS[0] | {"key": "y"}])
     with pytest.raises(ValueError, match=r"1 have no answer \(first 'c'\), 1 are answered again \(first 'a'\)"):
         join(QUESTIONS, [ROWS[0], ROWS[0], ROWS[1]])
+    with pytest.raises(ValueError, match="there is no question"):
+        join([], [])
     with pytest.raises(ValueError, match="several questions are called 'b'"):
         join([*QUESTIONS, QUESTIONS[1]], ROWS)
 

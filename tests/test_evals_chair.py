@@ -58,6 +58,11 @@ def spaced():
     return Language("spaced", str.split, lambda text: [tag(word) for word in text.split()])
 
 
+def determined():
+    """Returns the same of what begins with an article, which is no noun."""
+    return Language("determined", str.split, lambda text: [("a", "DT"), *spaced().tagged(text[2:])])
+
+
 def test_words_of_a_line_stand_for_its_first(data):
     vocabulary = read_vocabulary(data)
     assert vocabulary.nodes["human"] == "creature"  # without the stray space
@@ -90,7 +95,8 @@ def test_words_of_a_line_stand_for_its_first(data):
         ("a seat", ["bench"]),
         ("the seat of the toilet", ["potty"]),
         ("a toilet seat", ["potty"]),
-        ("a toilet seat and a seat", ["potty"]),  # all seats go
+        ("a toilet seat and a seat", ["potty"]),
+        ("the seat of the toilet and a seat", ["potty"]),  # all seats go
         ("a potty and a seat", ["potty", "bench"]),  # the word itself must be there, not its node
         ("bow tie", []),
         ("", []),
@@ -98,6 +104,38 @@ def test_words_of_a_line_stand_for_its_first(data):
 )
 def test_objects_by_words(data, lemmas, expected):
     assert find_objects(lemmas.split(), read_vocabulary(data)) == expected
+
+
+ANIMALS = ["bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        ("home plate", []),
+        ("train track", []),
+        ("bow tie", ["tie"]),
+        ("toilet seat", ["toilet"]),
+        ("passenger jet", ["airplane"]),
+        ("passenger train", ["train"]),
+        *((f"{age} {animal}", [animal]) for age in ("baby", "adult") for animal in ANIMALS),
+    ],
+)
+def test_pairs_of_the_rule_where_each_word_is_an_object_too(tmp_path, pair, expected):
+    # With COCO's own list, a bow tie is a tie by its synonyms as well, and no plate counts: the rule would not show.
+    lines = ["person, baby, adult, passenger", "plate, home", "tie, bow", "airplane, jet", "train, track"]
+    write(tmp_path, "synonyms.txt", "\n".join([*lines, "toilet", "chair, seat", *ANIMALS]))
+    vocabulary = read_vocabulary(tmp_path)
+    assert all(find_objects([word], vocabulary) for word in pair.split())
+    assert find_objects(pair.split(), vocabulary) == expected
+    # A judge's object that is no pair is one run of nouns, in no list: no seat is dropped there beside a toilet.
+    assert find_listed_objects("four words in it", [pair], vocabulary, spaced()) == expected
+
+
+def test_a_bow_tie_that_a_judge_lists_beside_a_tie_is_one(tmp_path):
+    write(tmp_path, "synonyms.txt", "tie, bow, bow tie")  # as COCO's list has it: the rule's "tie" comes before that
+    listed = ["bow tie", "tie", "bow"]
+    assert find_listed_objects("a b c d", listed, read_vocabulary(tmp_path), determined()) == ["tie", "tie"]
 
 
 def test_plain_words(data):
@@ -220,6 +258,7 @@ def test_questions_and_their_pictures(data, tmp_path):
     [
         (["puppy", "puppy", "hound"], ["hound", "hound"]),  # once by its own word, not by its node
         (["red/JJ puppy"], ["hound"]),
+        (["puppy/NNS", "human/NNP", "seat/NNPS"], ["hound", "creature", "bench"]),
         (["old puppy"], []),  # a run of nouns is one name
         (["nice hot hound"], ["hound"]),  # two words that are one object outdo the run
         (["toilet", "seat"], ["potty"]),
@@ -231,7 +270,7 @@ def test_questions_and_their_pictures(data, tmp_path):
     ],
 )
 def test_objects_that_a_judge_lists(data, listed, expected):
-    tagger = Language("determined", str.split, lambda text: [("a", "DT"), *spaced().tagged(text[2:])])
+    tagger = determined()
     assert find_listed_objects("four words in it", listed, read_vocabulary(data), tagger) == expected
     assert find_listed_objects("three words only", listed, read_vocabulary(data), tagger) == []
 
@@ -264,7 +303,7 @@ def test_judged_replies_are_scored_without_a_judge(data, tmp_path):
     )
     # The tagger calls "a" a noun, so that "a puppy" is no object: what is tagged decides.
     assert score(rows)["counts"]["mentions"] == 0
-    tagger = Language("determined", str.split, lambda text: [("a", "DT"), *spaced().tagged(text[2:])])
+    tagger = determined()
     result = chair.score(
         data, rows, variant="judged", replay=tmp_path / "replies.jsonl", language=spaced(), tagger=tagger
     )
@@ -365,6 +404,24 @@ def test_spacy(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(ValueError, match="pip install spacy"):
         spacy_language("m")
+
+
+def test_what_a_judge_lists_is_read_by_spacy_and_captions_by_nltk(monkeypatch, data, tmp_path):
+    token = lambda word: types.SimpleNamespace(lemma_=word.removesuffix("s"), tag_="DT" if word == "a" else "NN")
+
+    def load(model):
+        nlp = lambda text: [token(word) for word in text.split()]
+        nlp.meta = {"version": model[-3:]}
+        return nlp
+
+    monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(__version__="1", load=load))
+    monkeypatch.setitem(sys.modules, "nltk", fake_nltk())
+    rows = answers(*["what a fine day"] * 3)
+    kept = [row | {"judge": "j", "reply": '["human", "humans", "seat"]'} for row in rows]
+    write(tmp_path, "replies.jsonl", "\n".join(map(json.dumps, kept)))
+    result = chair.score(data, rows, variant="judged", replay=tmp_path / "replies.jsonl")
+    assert (result["tagger"], result["language"]) == ("spacy 1, en_core_web_trf trf", "nltk 0")
+    assert result["counts"]["mentions"] == 3 * 2  # a human once, and a seat
 
 
 def test_a_vocabulary_is_named_with_its_digest(data):

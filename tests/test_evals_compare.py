@@ -137,6 +137,71 @@ def test_results_that_are_not_whole_are_refused():
         compare(first, first | {"CK": 0})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"items": []}, r"a result has \[\] as items"),
+        ({"items": {}}, r"a result has \{\} as items"),
+        ({"items": 3}, "a result has 3 as items"),
+        ({"items": {"CK": []}}, "items of CK that are no pairs"),
+        ({"items": {"CK": {}}}, "items of CK that are no pairs"),
+        ({"items": {"CK": [[1, 1, 1], [0, 1, 1]]}}, "items of CK that are no pairs"),
+        ({"items": {"CK": [[1, "a"]]}}, "items of CK that are no pairs"),
+        ({"items": {"CK": [[1, math.nan]]}}, "items of CK that are no pairs"),
+        ({"items": {"CK": [[10**400, 1]]}}, "items of CK that are no pairs"),
+        ({"items": {"CK": {"a": [[1, 1]], "b": [[1, 1], [1, 1]]}}}, "items of CK that are no pairs"),
+        ({"CK": "a"}, "a result has 'a' as CK, expected a number"),
+        ({"CK": 10**400}, "as CK, expected a number"),
+        ({"CK": True}, "as CK, expected a number"),
+        ({"items": {"VP": [[1, 1]]}}, "a result has 'nothing' as VP, expected a number"),
+        ({"gap": "a"}, "a result has 'a' as gap, expected a number"),
+    ],
+)
+def test_a_damaged_result_is_one_line(change, message):
+    broken = run(CK=[[1, 1], [0, 1]]) | change
+    with pytest.raises(ValueError, match=f"{message}[^\n]*; score its answers again$"):
+        compare(broken, broken)
+
+
+def test_a_number_that_is_made_of_others_has_its_interval():
+    """The difference of two shares of other instances: its variance is the sum of theirs."""
+    usual, changed = answers(900, 0.8, 0), answers(400, 0.3, 1)
+    first = run(usual=usual, changed=changed)
+    first["gap"] = first["usual"] - first["changed"]
+    second = run(usual=usual, changed=answers(400, 0.6, 2))
+    second["gap"] = second["usual"] - second["changed"]
+    comparison = compare(first, second)
+    gap = comparison["metrics"]["gap"]
+    assert gap["first"]["value"] == first["gap"]
+    error = 100 * math.hypot(usual[:, 0].std() / 30, changed[:, 0].std() / 20)
+    assert width(gap["first"]["interval"]) == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert gap["difference"]["value"] == pytest.approx(second["gap"] - first["gap"])
+    # What the two have in common cancels: the difference is that of `changed` alone.
+    low, high = comparison["metrics"]["changed"]["difference"]["interval"]
+    assert gap["difference"]["interval"] == pytest.approx([-high, -low])
+    assert gap["first"]["counts"] is None
+    row = next(line for line in as_text(comparison).splitlines() if line.startswith("gap"))
+    assert f"{first['gap']:.2f} [" in row
+    with pytest.raises(ValueError, match=r"gap is 1\.0, but what it is made of gives"):
+        compare(first, second | {"gap": 1.0})
+    nothing = run(usual=usual, changed=np.zeros((400, 2))) | {"gap": None}
+    assert math.isnan(compare(nothing, second)["metrics"]["gap"]["difference"]["value"])
+
+
+def test_half_of_two_numbers():
+    """AMBER's own, (100 - CHAIR + f1) / 2."""
+    result = run(CHAIR=answers(90, 0.2, 0), f1=answers(80, 0.7, 1))
+    result["AMBER"] = (100 - result["CHAIR"] + result["f1"]) / 2
+    got = compare(result, result)["metrics"]["AMBER"]["first"]
+    assert got["value"] == pytest.approx(result["AMBER"])
+    assert got["interval"][0] < got["value"] < got["interval"][1]
+
+
+def test_other_weights_at_one_path_are_said():
+    first = run(CK=answers(9, 0.5, 0)) | {"model": "a", "weights": "12ab"}
+    assert "weights: A 12ab, B 34cd" in as_text(compare(first, first | {"weights": "34cd"})).splitlines()
+
+
 def test_real_results_through_their_files(pope_data):  # noqa: F811
     said = {"first": rows_of(pope_data), "second": rows_of(pope_data, lambda question: question.row["label"])}
     results = [

@@ -47,9 +47,11 @@ def replies(path, *texts, judge="j-1"):
     ("reply", "rating"),
     [
         ("It is fine. Rating: 5, very informative", 5),
-        ("RATING: 0", 0),
+        ("RATING: 4", 4),
         ("rating: 6\nRating: 6", 6),  # one rating, twice
         ("Rating: 4 ... or Rating: 3", 0),
+        ("Rating: 0 or rating: 3", 0),  # 0 is a rating as any, so that these are two
+        ("rating: 10", 1),  # as the official script reads it
         ("Rating 4", 0),
         ("Rating:4", 0),
         ("Rating: 7", 0),
@@ -82,6 +84,16 @@ def test_counted_by_hand(data, tmp_path):
         assert len(pairs) == 4
         share = sum(above for above, _ in pairs) / sum(below for _, below in pairs)
         assert result[name] == pytest.approx(share * (100 if name == "informativeness" else 1)), name
+
+
+def test_means_of_types_are_rounded_as_published_but_not_as_scored(data, tmp_path):
+    known = json.loads((data / "response_template.json").read_text())
+    known[1]["question_type"] = "attribute"  # three of a type, whose mean has no end
+    (data / "response_template.json").write_text(json.dumps(known))
+    path = replies(tmp_path / "r.jsonl", "Rating: 1", "Rating: 2", "Rating: 2", "Rating: 6")
+    result = mmhal.score(data, SAID, replay=path)
+    assert result["score/attribute"] == pytest.approx(5 / 3, abs=1e-9)
+    assert result["official"]["score/attribute"] == 1.67
 
 
 @pytest.mark.parametrize(("reply", "score", "rate"), [("Rating: 3", 3, 0), ("Rating: 2", 2, 1), ("", 0, 1)])
@@ -161,10 +173,10 @@ def test_questions(data):
     assert asked[1] == ("1", "Question 1?", "1_o.jpg", {"question_id": 1, "image_id": "id1", "prompt": "Question 1?"})
     known = json.loads((data / "response_template.json").read_text())
     (data / "response_template.json").write_text(json.dumps([known[0], {**known[1], "image_content": "Tree"}]))
-    with pytest.raises(ValueError, match="question 2, has no image_content as"):
+    with pytest.raises(ValueError, match="question 2, has 'Tree' as image_content, expected a list; fetch it again"):
         mmhal.questions(data)
     (data / "response_template.json").write_text(json.dumps([known[0] | {"gt_answer": None}]))
-    with pytest.raises(ValueError, match="question 1, has no gt_answer as"):
+    with pytest.raises(ValueError, match="question 1, has null as gt_answer, expected a text; fetch it again"):
         mmhal.questions(data)
     (data / "mmhal-bench_answer_template.json").write_text(json.dumps(known))
     with pytest.raises(ValueError, match=r"must hold one of .*, has 2"):

@@ -102,6 +102,7 @@ def test_one_split_alone(data):
         ("No. Yes", "no"),
         ("Yes. No", "yes"),
         ("Yes, no", "no"),
+        ("maybe,no", "yes"),  # a comma goes and leaves no space
         ("A knot", "yes"),
     ],
 )
@@ -201,8 +202,11 @@ def test_data_that_cannot_be_used_is_one_line(data):
     (data / "coco_pope_random.json").unlink()
     assert len(pope.questions(data, splits=("random",))) == 1
     write_split(data / "below", "random", ["Yes"], "shapes")
-    refused(r"shapes_pope_random.json, row 1, has the label 'Yes'; expected yes or no")
+    refused(r"shapes_pope_random.json, question 1, has the label 'Yes'; expected yes or no")
     write(data / "below", "shapes_pope_random.json", [{"question_id": 1, "text": "?"}])
-    refused("row 1, has no image, label; fetch the file again")
+    refused("question 1, has no image, label; fetch it again")
+    write(data / "below", "shapes_pope_random.json", [])
+    refused("shapes_pope_random.json has no rows; fetch it again", splits=("random",))
+    refused("splits must be at least one of adversarial, popular, random, got none", splits=())
     (data / "coco_pope_popular.json").unlink()
     refused(r"has no coco_pope_popular.json; fetch POPE's question files", splits=("popular",))

@@ -91,6 +91,35 @@ def test_counts_by_hand(data):
     assert counts["LP"][0] == pytest.approx(2 / 3)  # of pictures of one instance, so that each counts as one
 
 
+@pytest.mark.parametrize(
+    ("style", "ids"),
+    [
+        ("photorealistic", ["0", "1", "2", "3"]),
+        ("illustration", ["4", "5", "6", "7"]),
+        ("cartoon", ["8", "9", "10", "11"]),
+    ],
+)
+def test_each_of_twelve_pictures_is_of_one_style(data, style, ids):
+    """The fixture's good pictures are few, so that a style could lose another unnoticed."""
+    (instance, *_) = json.loads((data / "data.json").read_text())
+    instance["aggregated_human_label_good_images"] = {str(i): 2 for i in range(12)}
+    (data / "data.json").write_text(json.dumps([instance]))
+
+    def say(question):  # rightly about the pictures of this style only
+        _, _, part, *image = question.key.split("/")
+        is_right = not image or image[0] in ids
+        return "True" if part[1] == "1" or not is_right else "False"
+
+    def count(variant):
+        result = vlind.score(data, rows_of(data, say), variant=variant)
+        return result["counts"]["pictures"], round(result["LP_accuracy"], 6)
+
+    assert count("all") == (12, round(100 / 3, 6))
+    assert {other: count(other) for other in BY_HAND if other != "all"} == {
+        other: (4, 100 if other == style else 0) for other in BY_HAND if other != "all"
+    }
+
+
 @pytest.mark.parametrize("prefix", ["tiny_pred", "llava-v1.5-7b"])
 def test_files_of_the_official_code_score_alike(data, prefix):
     rows = rows_of(data)
@@ -128,6 +157,7 @@ def test_official_files_that_do_not_add_up_are_refused(data):
         ('"true"', "NA"),
         ("true: yes", "NA"),
         ("untrue", "NA"),
+        ("It is\ttrue", "NA"),  # words end at spaces and lines only
         ("Yes.", "NA"),
         ("", "NA"),
     ],
@@ -147,6 +177,16 @@ def test_saying_always_the_same_scores_nothing(data, text):
     assert result["counts"]["neither_true_nor_false"] == (46 if text in ("", "I cannot say.") else 0)
 
 
+@pytest.mark.parametrize(
+    ("halves", "percent"), [(("True", "False"), 100), (("True", "Maybe"), 0), (("Maybe", "False"), 0)]
+)
+def test_half_an_answer_is_none(data, halves, percent):
+    """What is neither true nor false is not the opposite of either."""
+    result = vlind.score(data, rows_of(data, lambda question: halves[int(question.key.split("/")[2][1]) - 1]))
+    assert {result[name] for name in ("CK", "VP", "CB_accuracy", "LP_accuracy")} == {percent}
+    assert result["counts"]["neither_true_nor_false"] == 23 * halves.count("Maybe")
+
+
 def test_missing_answers_are_no_smaller_benchmark(data):
     rows = rows_of(data)
     with pytest.raises(ValueError, match=r"the 46 questions: 45 have no answer"):
@@ -158,33 +198,47 @@ def test_missing_answers_are_no_smaller_benchmark(data):
 
 
 def test_the_questions(data):
+    """The words as published: models answer others otherwise, and nothing else would show it."""
+    said, only = "is the given statement true or false?", "Only respond in True or False."
+    forget = "Forget real-world common sense and just follow the information provided in the"
+    blue, red, there, not_there = (
+        f"Statement: {statement}\nBased on"
+        for statement in (
+            "The 0 is blue.",
+            "The 0 is red.",
+            "There is a 0 in the given image.",
+            "There is a {car} in the given image.",
+        )
+    )
+    factual, best = "factual/colour/0_a red 0/0.jpg", "counterfactual/colour/0_a blue 0/4.jpg"  # with the most votes
+    expected = {  # common sense is asked first about what is true of it, the others about the picture's truth
+        "a1": (f"{red} common sense, {said} {only}", factual),
+        "a2": (f"{blue} common sense, {said} {only}", factual),
+        "b1": (f"{there} the image, {said} {only}", best),
+        "b2": (f"{not_there} the image, {said} {only}", best),
+        "c1": (f"Context: a blue 0\n{blue} the context, {said} {forget} context. {only}", best),
+        "c2": (f"Context: a blue 0\n{red} the context, {said} {forget} context. {only}", best),
+    }
+    for image in "048":
+        picture = f"counterfactual/colour/0_a blue 0/{image}.jpg"
+        expected[f"d1/{image}"] = (f"{blue} the image, {said} {forget} image. {only}", picture)
+        expected[f"d2/{image}"] = (f"{red} the image, {said} {forget} image. {only}", picture)
     asked = {question.key.removeprefix("colour/0_a blue 0/"): question for question in vlind.questions(data)[:12]}
-    assert list(asked) == ["a1", "a2", "b1", "b2", "c1", "c2", "d1/0", "d2/0", "d1/4", "d2/4", "d1/8", "d2/8"]
-    assert "The 0 is red." in asked["a1"].text  # what common sense says is asked first there, and the picture's else
-    assert "The 0 is blue." in asked["a2"].text
-    assert "There is a 0 in the given image." in asked["b1"].text
-    assert "There is a {car} in the given image." in asked["b2"].text
-    assert asked["c1"].text.startswith("Context: a blue 0\nStatement: The 0 is blue.\nBased on the context, is")
-    assert "The 0 is red." in asked["c2"].text
-    assert "The 0 is blue." in asked["d1/8"].text
-    assert all(question.text.endswith(" Only respond in True or False.") for question in asked.values())
-    told = {key[0] for key, question in asked.items() if "Forget real-world common sense" in question.text}
-    assert told == {"c", "d"}
-    pictures = {key: question.image for key, question in asked.items()}
-    assert pictures["a2"] == "factual/colour/0_a red 0/0.jpg"
-    assert pictures["d2/0"] == "counterfactual/colour/0_a blue 0/0.jpg"
-    assert pictures["b1"] == pictures["c2"] == pictures["d1/4"]  # the first of those with the most votes
+    assert {key: (question.text, question.image) for key, question in asked.items()} == expected
+    assert list(asked) == list(expected)
 
 
 def test_prompt_sets_differ_in_words_and_in_the_best_picture(data):
     released, gpt4o, instructblip = (
         {question.key: question for question in vlind.questions(data, prompts=prompts)} for prompts in vlind.PROMPTS
     )
-    assert gpt4o["colour/0_a blue 0/b1"].image.endswith("/9.jpg")
-    other = {key for key in released if released[key].text != gpt4o[key].text}
-    assert {key.split("/")[2] for key in other} == {"a1", "a2"}
-    texts = [question.text for question in instructblip.values()]
-    assert all(text.startswith("Only respond in True or False.\n") and text.endswith("false?") for text in texts)
+    for key, question in released.items():
+        assert gpt4o[key].text == question.text.replace("Based on common", "Based on the common")
+        asked, _, _ = question.text.partition("?")
+        assert instructblip[key].text == f"Only respond in True or False.\n{asked}?"
+    for others in (gpt4o, instructblip):
+        named = {part: others[f"colour/0_a blue 0/{part}"].image[-6:] for part in ("a1", "a2", "b1", "b2", "c1", "c2")}
+        assert named == {"a1": "/0.jpg", "a2": "/0.jpg"} | dict.fromkeys(("b1", "b2", "c1", "c2"), "/9.jpg")
     with pytest.raises(ValueError, match="46 were asked in other words"):
         vlind.score(data, rows_of(data), prompts="instructblip")
     assert vlind.score(data, rows_of(data, prompts="instructblip"), prompts="instructblip")["LP"] == pytest.approx(

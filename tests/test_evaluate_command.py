@@ -178,6 +178,22 @@ def test_answers_of_another_model_or_way_of_asking_are_refused(folder, whole):
     assert whole.read_bytes() == before
 
 
+def test_answers_about_other_pictures_are_refused(folder, whole, tmp_path, monkeypatch):
+    """Half of the answers are there; pictures that have only moved are the same ones."""
+    data = shutil.copytree(folder / "world", tmp_path / "world")
+    shutil.copytree(f"{whole}.books", tmp_path / "part.jsonl.books")
+    for piece in (tmp_path / "part.jsonl.books" / "pieces").iterdir():
+        write(piece, read(piece)[:-2])
+    monkeypatch.setattr(answering, "load_speaker", None)
+    with pytest.raises(TypeError, match="not callable"):
+        ask(folder, tmp_path / "part.jsonl", images=data)
+    shutil.copy(data / "images" / "usual_1.png", data / "images" / "usual_0.png")
+    for file in (tmp_path / "part.jsonl", whole):
+        with pytest.raises(ValueError, match=r"begun with pictures.images/usual_0.png \"\w+\", and not \"\w+\": go on"):
+            ask(folder, file, images=data)
+    assert not (tmp_path / "part.jsonl").exists()
+
+
 def test_a_file_of_somebody_else_is_not_written_over(folder, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("mine")
@@ -201,6 +217,7 @@ def test_a_file_of_somebody_else_is_not_written_over(folder, tmp_path):
         (None, {"part": "generative"}, "world has no part: leave it out"),
         (None, {"benchmark": "amber", "part": "half"}, "part must be one of all, generative"),
         (None, {"benchmark": "pope", "splits": "hard"}, "no coco_pope_hard.json"),
+        (lambda data: (data / "world.jsonl").write_text(""), {}, "/data.* has no (question of world|rows); fetch"),
         (None, {"benchmark": "mme"}, "benchmark"),
         (None, {"images": "elsewhere"}, "6 of 6 pictures are not in .*/elsewhere"),
         (None, {"checkpoint": "nowhere"}, "nowhere"),
@@ -247,6 +264,62 @@ def test_numbers_say_how_their_answers_were_made(folder, whole, tmp_path, capsys
     assert "usual                       0.00  0/4" in capsys.readouterr().out
 
 
+def test_answers_that_were_changed_name_no_model(folder, whole, tmp_path, capsys):
+    file, out = tmp_path / "a.jsonl", tmp_path / "a.json"
+    shutil.copytree(f"{whole}.books", f"{file}.books")
+    shutil.copy(whole, file)
+    main(["score", *flags(folder, answers=file, out=out)])
+    assert strict(out)["model"] == str(folder / "model")
+    assert "note" not in strict(out)
+    write(file, [row | {"text": "Mine."} for row in read(file)])
+    capsys.readouterr()
+    main(["score", *flags(folder, answers=file, out=out)])
+    scored = strict(out)
+    assert not {"model", "weights", "dtype", "decoding", "template", "image_rule"} & scored.keys()
+    said = f"{file} is not the file that {file}.books wrote, so model, weights and decoding are left out"
+    assert scored["note"] == said
+    assert f"note                    {said}\n" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "a.jsonl.books" / "manifest.json").read_text())
+    (tmp_path / "a.jsonl.books" / "manifest.json").write_text(json.dumps(manifest | {"settings": None}))
+    with pytest.raises(ValueError, match=r"a.jsonl.books/manifest.json is damaged \(has null as settings"):
+        main(["score", *flags(folder, answers=file)])
+
+
+def test_numbers_go_where_they_are_to_or_nothing_is_begun(folder, by_hand, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in ("a.json", "scores/of/a.json"):
+        main(["score", *flags(folder, answers=by_hand, out=out)])
+        assert strict(tmp_path / out)["usual"] == 75
+    (tmp_path / "file").write_text("")
+    for out, message in ((".", "is a folder; name a file"), ("file/a.json", "file is no folder")):
+        with pytest.raises(ValueError, match=message):
+            main(["score", *flags(folder, answers="nothing is read", out=out)])
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "file", "scores"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_who_reads_the_numbers_may_go(folder, by_hand, tmp_path, monkeypatch, capsys, at_once):
+    """As `head` does: no word, and the file is there; whether lines are written at once or wait in a buffer."""
+    out = tmp_path / "a.json"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as pipe:
+        pipe.reconfigure(write_through=at_once, line_buffering=at_once)
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as error:
+            exit_with_one_line(lambda: main(["score", *flags(folder, answers=by_hand, out=out)]))
+    monkeypatch.undo()
+    assert error.value.code == 141
+    assert capsys.readouterr().err == ""
+    assert strict(out)["usual"] == 75
+
+    def fail():
+        raise BrokenPipeError("some other pipe")
+
+    with pytest.raises(BrokenPipeError, match="some other pipe"):
+        exit_with_one_line(fail)
+
+
 @pytest.fixture(scope="module")
 def by_hand(folder):
     """Answers to the world's questions, with known numbers: one right about a changed picture, and it goes on."""
@@ -272,6 +345,9 @@ def test_two_runs_are_printed_beside_each_other(folder, whole, by_hand, tmp_path
     runs = [str(tmp_path / f"{name}.json") for name in "ab"]
     main(["compare", *runs, "--resamples", "50"])
     said = capsys.readouterr().out
+    main(["--compare", *runs, "--resamples", "50"])
+    assert capsys.readouterr().out == said
+    assert re.search(r"gap +0.00 \[0.00, 0.00\] +50.00 \[.*\] +\+50.00 \[[^\]]*\]$", said, re.MULTILINE), said
     assert re.search(r"usual +0.00 \[0.00, 0.00\] +75.00 \[.*\] +\+75.00 \[.*\] +0/4 +3/4", said), said
     assert f"model: A {folder / 'model'}, B None" in said
     for change in ({"questions": "other"}, {"synonyms": "mine"}, {"similarity": "mine"}):
@@ -319,6 +395,8 @@ def test_numbers_are_strict_json(folder, tmp_path, capsys, benchmark, text, more
         (["compare", "nothing.json", "nothing.json"], "nothing.json is not there; write it with: .* score"),
         (["compare", "SHORT", "SHORT"], "short.jsonl is not JSON"),
         (["compare", "LIST", "LIST"], "list.json holds a JSON list"),
+        (["compare", "EMPTY", "EMPTY"], "empty.json without benchmark, .*, items cannot be compared"),
+        (["score", "--answers", "TWICE"], "twice.jsonl, line 1: an object has 'text' more than once, 'a' and 'b'"),
         (["compare", "a", "b", "--resamples", "0"], "resamples must be at least 1"),
         (["compare", "a"], "runs|RUNS|required"),
     ],
@@ -327,6 +405,9 @@ def test_what_cannot_be_scored_is_one_line(folder, by_hand, tmp_path, capsys, co
     rows = [row for row in read(by_hand) if row["key"] != "changed/1"]
     files = {"SHORT": write(tmp_path / "short.jsonl", rows), "LIST": tmp_path / "list.json"}
     files["LIST"].write_text("[]")
+    files |= {"EMPTY": tmp_path / "empty.json", "TWICE": tmp_path / "twice.jsonl"}
+    files["EMPTY"].write_text("{}")
+    files["TWICE"].write_text('{"key": "usual/0", "text": "a", "text": "b"}')
     files["CUT"] = shutil.copy(by_hand, tmp_path / "cut.jsonl")
     os.truncate(files["CUT"], by_hand.stat().st_size - 9)
     command = [str(files.get(word, word)) for word in command]

@@ -14,7 +14,8 @@ from napo_jax.data.dataset import _hold_out
 from napo_jax.data.order import NO_GROUP
 from napo_jax.data.store import PICTURE_DIGITS
 from napo_jax.evaluation import HeldOut, with_ablation
-from napo_jax.objective import Logps, napo, napo_released
+from napo_jax.methods import napo, napo_released
+from napo_jax.objective import Logps
 from napo_jax.optim import unflatten
 from napo_jax.reference import open_reference
 from napo_jax.score import score
@@ -70,9 +71,14 @@ def test_an_evaluation_is_one_batch_under_the_objective(dataset, batch, objectiv
     policy, reference = (quick_jit(lambda tree: score(MODEL, tree, batch, objective))(tree) for tree in (TREE, OTHER))
     want = objective(policy, reference)[1]
     got = HeldOut(dataset, objective, MODEL, (MODEL, OTHER))(TREE)
+    # A margin is a difference of four sums of several hundred, each rounded to 3e-5; a dynamic weight is its share of
+    # the sum of them all.
+    close = 2e-4
+    share = close / sum(float(want[f"{term.name}/margin"]) for term in objective.terms)
     for name, value in want.items():
-        # A margin is a difference of four sums of several hundred, each rounded to 3e-5.
-        assert got[name] == pytest.approx(float(value), rel=1e-5, abs=2e-4 if "margin" in name else 1e-5), name
+        least = {"margin": close, "weight": share}.get(name.rpartition("/")[2], 1e-5)
+        assert got[name] == pytest.approx(float(value), rel=1e-5, abs=least), (name, share)
+    assert 0 < share < 1e-3, "the comparison of weights is empty"
     assert got["loss"] != pytest.approx(float(objective(policy, policy)[1]["loss"]), rel=1e-3), "the reference is empty"
 
     black = dataclasses.replace(batch, images=np.zeros_like(batch.images))

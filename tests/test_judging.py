@@ -149,6 +149,28 @@ def test_who_is_asked_to_stop_keeps_what_is_under_way(folder, number):
     assert asked(folder) == ["answer 3", "answer 4"]
 
 
+def test_a_file_of_replies_may_lie_beside_the_command(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    ask(folder, RATE_BY_NUMBER, "--replay", "rep.jsonl")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("wrote rep.jsonl: 5 replies")
+    assert {file.name for file in folder.glob("rep*")} == {"rep.jsonl"}
+
+
+@pytest.mark.parametrize("text", ['{"asked": 5}', "xx", "[]", '{"asked": "a", "judge": "j", "reply": null}', "\xff"])
+def test_a_damaged_reply_of_before_is_named(folder, capsys, text):
+    file = folder / "replies.jsonl.part"
+    file.write_text(f'{{"asked": "a", "judge": "j", "reply": "r"}}\n{text}\n', encoding="latin-1")
+    before = file.read_bytes()
+    with pytest.raises(SystemExit) as error:
+        ask(folder, RATE_BY_NUMBER)
+    assert error.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "replies.jsonl.part, line 2, " in said
+    assert said.endswith("; take the line out, and its answer is judged again")
+    assert file.read_bytes() == before
+    assert asked(folder) == []
+
+
 def test_two_commands_do_not_pay_for_the_same(folder, capsys):
     with (folder / "replies.jsonl.part").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

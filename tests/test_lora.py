@@ -18,11 +18,12 @@ from quick import quick_jit
 from torch_llava import params_of, tiny_config, torch_llava
 
 from napo_jax.data.byte_tokenizer import BYTE_VOCABULARY
+from napo_jax.methods import napo
 from napo_jax.models import IMAGE_SLOT, Llava, LlavaConfig
 from napo_jax.models.llama import Llama
 from napo_jax.models.lora import TARGETS, Linear, LoraConfig, is_adapter, merge_adapters
 from napo_jax.models.mixing import Prompts
-from napo_jax.objective import Objective, napo
+from napo_jax.objective import Objective
 from napo_jax.optim import OptimizerConfig, flatten, split_trained, unflatten
 from napo_jax.reference import open_reference
 from napo_jax.score import score, valid_cells

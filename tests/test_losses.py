@@ -45,6 +45,16 @@ CASES = {
         (PC / 40, PR / 40),
         partial(naive.simpo, beta=2.5, target_margin=0.8),
     ),
+    "kto_pair": (  # on the whole, both kinds of answers have gained
+        partial(losses.kto_pair_loss, beta=0.3),
+        (PC, PR, RC - 12, RR - 12),
+        partial(naive.kto_pair, beta=0.3),
+    ),
+    "kto_pair_unmoved": (  # both have lost
+        partial(losses.kto_pair_loss, beta=0.3),
+        (PC, PR, RC + 40, RR + 40),
+        partial(naive.kto_pair, beta=0.3),
+    ),
     "sft": (losses.sft_loss, (PC,), lambda logps: -logps),
     "anchor": (
         partial(losses.anchor_loss, delta=0.5),
@@ -70,7 +80,7 @@ def test_equals_the_naive_twin(case):
     np.testing.assert_allclose(jax.jit(loss)(*arguments)[0], want, rtol=1e-6, atol=1e-6)
 
 
-@each_loss
+@pytest.mark.parametrize("case", [case for case in CASES if case != "kto_pair"])
 def test_gradients_by_finite_differences(case):
     """In float64, where differences can be told from rounding. The measured q is a constant to the gradient."""
     loss, arguments, _ = CASES[case]
@@ -83,6 +93,16 @@ def test_gradients_by_finite_differences(case):
         if options:
             measured = jax.grad(lambda *policy: loss(*policy, *arguments[count:])[0].sum())(*arguments[:count])
             np.testing.assert_allclose(measured, jax.grad(lambda *p: fixed(*p).sum())(*arguments[:count]), rtol=1e-12)
+
+
+def test_what_kto_takes_for_moved_is_a_constant_to_the_gradient():
+    """So differences of the loss, in which it moves too, are no gradient; by hand it is -beta s (1 - s) / 2."""
+    loss, (pc, pr, rc, rr), _ = CASES["kto_pair"]
+    assert np.mean(pc - rc) > 1
+    assert np.mean(pr - rr) > 1
+    gain = naive.sigmoid(0.3 * ((pc - rc) - np.mean(pr - rr)))
+    got = jax.grad(lambda pc: loss(pc, pr, rc, rr)[0].sum())(jnp.asarray(pc))
+    np.testing.assert_allclose(got, -0.3 * gain * (1 - gain) / 2, rtol=1e-5, atol=1e-8)
 
 
 @each_loss
@@ -181,7 +201,8 @@ def test_literal_numbers():
 def test_rewards_are_beta_times_the_log_ratio(case):
     loss, arguments, _ = CASES[case]
     _, stats = loss(*arguments, beta=0.3)
-    np.testing.assert_allclose(stats["chosen_rewards"], 0.3 * (PC - RC), rtol=1e-5, atol=1e-6)
+    reference = arguments[1] if case == "anchor" else arguments[2]
+    np.testing.assert_allclose(stats["chosen_rewards"], 0.3 * (arguments[0] - reference), rtol=1e-5, atol=1e-6)
     if case != "anchor":
         rejected = arguments[1] - arguments[3]
         np.testing.assert_allclose(stats["rejected_rewards"], 0.3 * rejected, rtol=1e-5, atol=1e-6)

@@ -28,7 +28,7 @@ def test_the_public_names_are_there():
     assert re.fullmatch(r"\d+\.\d+\.\d+", napo_jax.__version__)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/method.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/method.md", "docs/objectives.md"])
 def test_the_code_on_a_page_runs_and_prints_what_it_says(page):
     """A ```python block runs; a ```text block right after it is what it prints."""
     text = (ROOT / page).read_text()

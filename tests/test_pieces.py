@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from napo_jax import pieces
-from napo_jax.pieces import Line, Pieces, read_manifest, write_durably, write_manifest
+from napo_jax.pieces import Line, Pieces, make_room, read_manifest, write_durably, write_manifest
 
 
 def line(row, name="a", file=0):
@@ -52,8 +52,16 @@ def test_a_process_that_dies_while_it_writes_leaves_no_piece(tmp_path, monkeypat
 
 def test_a_damaged_piece_is_named(tmp_path):
     (tmp_path / "pieces").mkdir()
-    for text in ('{"file": 0, "ro', '{"file": 0}', "[1]"):
-        (tmp_path / "pieces" / "x.jsonl").write_text(text)
+    whole = json.dumps(line(0)._asdict())
+    for text in (
+        '{"file": 0, "ro',
+        '{"file": 0}',
+        "[1]",
+        "\xff",
+        whole.replace('"row": 0', '"row": "a"'),
+        "[" * 100_000,
+    ):
+        (tmp_path / "pieces" / "x.jsonl").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=r"x.jsonl, line 1, is damaged; delete the file"):
             list(Pieces(epath.Path(tmp_path)).new())
 
@@ -72,7 +80,10 @@ def test_a_folder_is_of_one_build(tmp_path):
         read_manifest(folder, settings | {"weights": "cd"})
     with pytest.raises(ValueError, match="begun with new null, and not 1"):
         read_manifest(folder, settings | {"new": 1})
-    for text in ('{"settings": {', "[]", "{}"):
+    with pytest.raises(ValueError, match=r'begun with pictures null, and not \{"0": "abc", .* \.\.\.: go on') as error:
+        read_manifest(folder, settings | {"pictures": {str(i): "abc" for i in range(10_000)}})
+    assert len(str(error.value)) < 1000
+    for text in ('{"settings": {', "[]", "{}", '{"settings": []}', '{"settings": null}', "[" * 100_000):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=r"manifest.json is damaged"):
             read_manifest(folder, settings)
@@ -97,3 +108,26 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     assert synced == ["sync", "name", "sync"], "a name that outlives its content"
     assert file.read_text() == '"two"'
     assert os.listdir(tmp_path) == ["f.json"]
+
+
+def test_a_file_beside_the_command_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_room(epath.Path("f.json"))
+    write_durably(epath.Path("f.json"), "one")
+    assert os.listdir() == ["f.json"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_durably(epath.Path(tmp_path / "folder"), "one")
+    os.rmdir(tmp_path / "folder")
+    with pytest.raises(ValueError, match="is a folder; name a file to write"):
+        make_room(epath.Path(tmp_path))
+    (tmp_path / "f").write_text("")
+    with pytest.raises(ValueError, match=r"f/a/b.json cannot be written, for .*/f is no folder"):
+        make_room(epath.Path(tmp_path / "f" / "a" / "b.json"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="is read-only; name another file"):
+        make_room(epath.Path(tmp_path / "g" / "b.json"))
+    assert os.listdir(tmp_path) == ["f"]

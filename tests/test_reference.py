@@ -30,8 +30,9 @@ from napo_jax.data.loader import Pictures
 from napo_jax.data.made_up import MadeUpRecords
 from napo_jax.data.order import NO_GROUP
 from napo_jax.losses import dpo_loss, simpo_loss
+from napo_jax.methods import napo
 from napo_jax.models import Llava, LlavaConfig
-from napo_jax.objective import Objective, Term, napo
+from napo_jax.objective import Objective, Term
 from napo_jax.reference import open_reference
 from napo_jax.reference_cache import Pieces, cache_settings, weights_digest
 from napo_jax.score import score, valid_cells
@@ -457,8 +458,8 @@ def test_a_value_that_is_no_number_is_never_written(bad, dataset, tmp_path, quic
     order = dataset.order(shuffle=False, keep_rest=True)
     number = int(dataset.table.records[order[5][1][2]])
 
-    def score_with_one_bad(model, params, batch, objective):
-        logps = quick_score(model, params, batch, objective)
+    def score_with_one_bad(model, params, batch, objective, **options):
+        logps = quick_score(model, params, batch, objective, **options)
         rejected = logps["rejected"]
         return logps | {"rejected": rejected._replace(mean=jnp.where(batch.ids == number, bad, rejected.mean))}
 

@@ -335,6 +335,30 @@ def test_what_ended_a_run_is_said_until_it_is_past_it(tmp_path):
         assert "ended the run" not in page_of(tmp_path).text or said
 
 
+def test_whatever_the_numbers_there_is_a_page(tmp_path):
+    """As large and as small as there are, and a config that says nothing of use."""
+    write_run(tmp_path, 50, held_out=[0])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row |= {"loss": (1e308, -1e308)[i % 2], "gradient_norm": (5e-324, 0)[i % 2], "mfu": 1e300}
+        row |= {"preference/accuracy": 10**400 if i == 7 else 1e308, "preference/margin": 1.7e308}
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    config = {"steps": "many <u>", "objective": {"terms": 5}, "train": [], "lora": 3, "data": {"path": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for label, value in (("before", 10**400), ("after", 1e308)):
+        write_score(tmp_path, label, "own", f1=value, counts={"f1": [value, 1]}, items={"f1": [[value, 1]]})
+    shown = page_of(tmp_path)
+    assert "50 of many <u>" in shown.text
+    assert "Left out, not finite: preference 1 × inf." in shown.text
+    for _, attributes in shown.tags:
+        assert not re.search("nan|inf", attributes.get("points", "") + attributes.get("y", ""))
+    margins = [value for title, value, text in shown.data if title is None and text == "1.7e+308"]
+    assert margins == ["1.7e+308"] * 2, "a sum that is infinite makes a mean that is none"
+    for terms in ([5, None, {"name": [1]}], {"a": 1}, "x"):
+        (tmp_path / "config.json").write_text(json.dumps({"objective": {"terms": terms}}))
+        assert "50" in page_of(tmp_path).text
+
+
 def test_values_that_are_no_numbers_are_left_out_and_counted(tmp_path):
     rows = write_run(tmp_path, held_out=[0, 60])
     for row in rows[4:7]:
@@ -530,6 +554,14 @@ def write(name, text):
         (append("samples.jsonl", sample(answers={"chosen": 3})), "line 1, is no sample"),
         (append("samples.jsonl", sample(before=3)), "line 1, is no sample"),
         (lambda folder: (folder / "report.html").mkdir(), "report.html is a directory"),
+        (
+            append("metrics.jsonl", {"step": 121, "not_finite": ["x"]}),
+            r"line 121, has \['x'\] as not_finite, expected an",
+        ),
+        (append("metrics.jsonl", {"step": 10**400}), "metrics.jsonl, line 121, has the step 1000"),
+        (write("metrics.jsonl", "[" * 100_000 + "\n"), "metrics.jsonl, line 1, is not a JSON object"),
+        (write("config.json", '{"a":' * 60 + "1" + "}" * 60), "config.json nests deeper than 50 levels"),
+        (write("not_finite.json", f'{{"step": {10**400}}}'), "not_finite.json has no step"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_2(tmp_path, capsys, harm, message):

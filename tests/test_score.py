@@ -17,15 +17,13 @@ from napo_jax.models import Groups, Llava, LlavaConfig
 from napo_jax.objective import Objective, Term, split_cell
 from napo_jax.score import score, valid_cells
 
-
-def three_images(last):
-    """Returns an objective under the clean picture and two others."""
-    image = Term("image", dpo_loss, "chosen", "chosen@shuffle_patches")
-    masked = Term("masked", dpo_loss, "rejected", f"question_only@{last}")
-    return Objective((Term("text", dpo_loss, "chosen", "rejected"), image, masked))
-
-
-THREE_IMAGES = three_images("region")
+THREE_IMAGES = Objective(
+    (
+        Term("text", dpo_loss, "chosen", "rejected"),
+        Term("image", dpo_loss, "chosen", "chosen@shuffle_patches"),
+        Term("masked", dpo_loss, "rejected", "question_only@region"),
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +33,7 @@ def setting(tmp_path_factory):
     config = dataclasses.replace(tiny, text=text)
     cache = str(tmp_path_factory.mktemp("cache"))
     data = DataConfig(made_up=3, batch_size=2, max_tokens=1024, attention_multiple=8, cache=cache)
-    # Records hold no masks, so it is opened for an objective of the same shape; the masks are given by hand.
-    dataset = open_dataset(data, three_images("black"), byte_tokenizer(), config)
+    dataset = open_dataset(data, THREE_IMAGES, byte_tokenizer(), config)
     order = dataset.order(shuffle=False, keep_rest=True)
     batches = list(dataset.loader(order, rows=(0, 2))(0, 2))
     return Llava(config), Llava(config).init(jax.random.key(0)), batches
@@ -44,10 +41,9 @@ def setting(tmp_path_factory):
 
 def test_a_cell_is_scored_as_if_it_were_alone(setting):
     model, params, (batch, _) = setting
-    size, patch = batch.images.shape[1], model.config.vision.patch_size
-    masks = np.zeros((2, size // patch, size // patch), bool)
-    masks[:, 0, 1:] = True
-    got = quick_jit(lambda params, batch: score(model, params, batch, THREE_IMAGES, masks=masks))(params, batch)
+    patch, masks = model.config.vision.patch_size, batch.masks
+    assert 0 < masks.sum() < masks.size
+    got = quick_jit(lambda params, batch: score(model, params, batch, THREE_IMAGES))(params, batch)
     assert set(got) == set(THREE_IMAGES.cells)
     alone = quick_jit(lambda params, groups: model.logps(params, groups, (0,)))
     clean = (batch.images / np.float32(255) - MEAN) / STD

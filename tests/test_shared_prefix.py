@@ -11,9 +11,9 @@ import pytest
 from quick import quick_jit
 from torch_llava import params_of, tiny_config, torch_llava, torch_logits
 
+from napo_jax.methods import napo
 from napo_jax.models import IMAGE_SLOT, Groups, Llava
 from napo_jax.models.layout import Layout
-from napo_jax.objective import napo
 
 CONFIG = tiny_config(kv_heads=2, remat="none")
 MODEL = Llava(CONFIG)

@@ -13,8 +13,8 @@ from loader_run import dataset_of
 from quick import quick_jit
 
 from napo_jax.data.byte_tokenizer import BYTE_VOCABULARY
+from napo_jax.methods import napo, napo_released
 from napo_jax.models import Llava, LlavaConfig
-from napo_jax.objective import napo, napo_released
 from napo_jax.optim import OptimizerConfig, flatten, make_optimizer, split_trained, unflatten
 from napo_jax.score import score
 from napo_jax.sharding import MeshConfig, make_mesh, over_rows, shard_params

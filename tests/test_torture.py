@@ -18,8 +18,8 @@ from quick import quick_jit
 
 from napo_jax.data.byte_tokenizer import BYTE_VOCABULARY
 from napo_jax.data.loader import on_devices
+from napo_jax.methods import napo
 from napo_jax.models import Llava, LlavaConfig
-from napo_jax.objective import napo
 from napo_jax.score import score, valid_cells
 
 

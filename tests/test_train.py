@@ -16,6 +16,7 @@ from napo_jax.command import exit_with_one_line
 
 STEPS = 9
 RATES = ("seconds_per_step", "examples_per_second", "tokens_per_second")
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +32,24 @@ def command(folder, name, *more):
     return [sys.executable, "-m", "napo_jax.train", "--config", "configs/debug.py", *flags, *more]
 
 
-def start(folder, name, *more):
-    """Starts a run; one CPU device, as a user has."""
+def start_environment(folder):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiled fast and not to be fast
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(folder, name, *more), env=environment, **pipes)
+    return environment
+
+
+def start(folder, name, *more):
+    """Starts a run; one CPU device, as a user has."""
+    return subprocess.Popen(command(folder, name, *more), env=start_environment(folder), **PIPES)
+
+
+def together(folder, runs):
+    """Returns what several runs print that one process does one behind the other: it is started once."""
+    script = "import json, sys; from napo_jax import train; [train.main(argv) for argv in json.loads(sys.argv[1])]"
+    arguments = json.dumps([command(folder, *run)[3:] for run in runs])
+    environment = start_environment(folder)
+    return finish(subprocess.Popen([sys.executable, "-c", script, arguments], env=environment, **PIPES))[0]
 
 
 def finish(process, status=0):
@@ -111,7 +123,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(straight, folder):
     assert "nothing to do" in finish(start(folder, "asked"))[0]
 
 
-def test_a_run_does_not_go_on_as_another(straight, folder):
+def test_a_run_does_not_go_on_as_another(straight, folder, capsys):
     """What the saved leaves mean must be what it was, and config.json stays as it is."""
     before = (folder / "straight" / "config.json").read_text()
     for more, message in (
@@ -120,7 +132,12 @@ def test_a_run_does_not_go_on_as_another(straight, folder):
         (["--model.size", "7b"], "began with model.size None, and not '7b'"),
         (["--model.path", str(folder / "straight")], "model.path is the run's own workdir"),
     ):
-        _, err = finish(start(folder, "straight", "--train.steps", "20", *more), 2)
+        with pytest.raises(SystemExit) as stop:
+            exit_with_one_line(
+                lambda more=more: train.main(command(folder, "straight", "--train.steps", "20", *more)[3:])
+            )
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
         assert message in err
         assert err.count("error: ") == 1
     assert (folder / "straight" / "config.json").read_text() == before
@@ -130,11 +147,10 @@ def test_at_the_start_it_is_the_reference_in_every_mode_also_after_a_resume(fold
     """T4 and T6, through the command: a learning rate of nearly 0 keeps the policy where it was over a resume."""
     still = ["--optimizer.learning-rate", "1e-30", "--lora.rank", "4", "--lora.dropout", "0.5", "--optimizer.trainable"]
     still += [".*/lora_[ab]|projector/.*", "--train.checkpoint-every", "1"]
-    modes = {}
-    for mode in ("cache", "live", "adapters_off"):
-        for steps in ("1", "2"):
-            out, _ = finish(start(folder, mode, *still, "--train.reference", mode, "--train.steps", steps))
-        assert "goes on from step 1 of" in out
+    modes = dict.fromkeys(("cache", "live", "adapters_off"))
+    runs = [(mode, *still, "--train.reference", mode, "--train.steps", steps) for mode in modes for steps in ("1", "2")]
+    assert together(folder, runs).count("goes on from step 1 of") == len(modes)
+    for mode in modes:
         modes[mode] = lines(folder, mode)
         for row in modes[mode].values():
             for term in ("preference", "language_bias", "vision_bias"):
@@ -185,6 +201,15 @@ def test_a_run_may_begin_where_another_ended(straight, folder):
     assert json.loads((folder / "third" / "config.json").read_text())["model"]["path"] == str(folder / "second")
 
 
+def test_a_run_has_a_place_of_its_own_if_none_is_named(monkeypatch, tmp_path):
+    named = []
+    monkeypatch.setattr(train, "train", lambda config, workdir: named.append(workdir))
+    train.main(["--config", "configs/debug.py"])
+    train.main(["--config=configs/llava7b.py", "--train.steps", "3"])
+    train.main(["--config", "configs/debug.py", "--workdir", "runs/b"])
+    assert named == ["runs/debug", "runs/llava7b", "runs/b"]
+
+
 def test_a_loss_that_is_no_number_ends_the_run(folder):
     rate = ["--optimizer.learning-rate", "1e30", "--optimizer.warmup", "0"]
     _, err = finish(start(folder, "broken", *rate), 1)
@@ -199,7 +224,6 @@ def test_a_loss_that_is_no_number_ends_the_run(folder):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "say where the run is kept: --workdir"),
         (
             ["--workdir", "x", "--data.batch-size", "6", "--train.accumulate", "4"],
             "batch_size 6 does not divide into train.accumulate 4",

@@ -23,8 +23,9 @@ from torch_twin import PAPER, RELEASED, Group, Recipe, Twin, cosine, paper_q
 from napo_jax.data.buckets import Bucket
 from napo_jax.data.loader import Batch
 from napo_jax.data.order import NO_GROUP
+from napo_jax.methods import napo, napo_released
 from napo_jax.models import IMAGE_SLOT, Llava
-from napo_jax.objective import Objective, napo, napo_released
+from napo_jax.objective import Objective
 from napo_jax.optim import OptimizerConfig, flatten, make_optimizer, split_trained
 from napo_jax.step import Frozen, init_state, make_train_step
 

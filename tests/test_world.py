@@ -277,6 +277,64 @@ def test_vlind_files_score_the_truth_and_habit_as_they_should(folder):
     assert vlind.score(folder / "vlind", rows(lambda part: "True"))["CK"] == 0
 
 
+def colours_of_cells(path):
+    """Returns {cell: its colour} of the cells of a picture that hold something, by their pixels."""
+    pixels = np.asarray(Image.open(path).convert("RGB"), np.float32)
+    found = {}
+    for cell in np.ndindex(GRID, GRID):
+        rows, columns = (slice(i * CELL, (i + 1) * CELL) for i in cell)
+        patch = pixels[rows, columns].reshape(-1, 3)
+        filled = {name: (np.abs(patch - value).max(axis=1) < 24).sum() for name, value in COLOURS.items()}
+        colour = max(filled, key=filled.get)
+        if filled[colour] > 12:  # more than a neighbour's tip
+            found[cell] = colour
+    return found
+
+
+def test_vlind_pictures_differ_from_common_sense_in_one_colour(folder):
+    for row in json.loads((folder / "vlind" / "data.json").read_text()):
+        shape, colour = re.fullmatch(r"The (\w+) is (\w+)\.", row["context"]).groups()
+        pictures = folder / "vlind" / "counterfactual" / "color" / f"{row['context_id']}_{row['context']}"
+        votes = row["aggregated_human_label_good_images"]
+        good = [image for image, count in votes.items() if count >= 2]
+        assert sorted(path.stem for path in pictures.iterdir()) == sorted(good)
+        counterfactual = [colours_of_cells(pictures / f"{image}.jpg") for image in good]
+        assert all(colour in cells.values() for cells in counterfactual)
+        factual = folder / "vlind" / "factual" / "color" / f"{row['context_id']}_{row['factual_context']}" / "0.jpg"
+        factual = colours_of_cells(factual)
+        changed = {cell for cell in factual.keys() | counterfactual[0] if factual[cell] != counterfactual[0][cell]}
+        assert [(counterfactual[0][cell], factual[cell]) for cell in changed] == [(colour, HABITS[shape].colour)]
+
+
+def test_vlind_nouns_are_there_and_not_there(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(exams, "_draw", lambda path, scene, seed, number: seen.update({path: scene}))
+    exams.write_vlind(tmp_path, 49)
+    for question in vlind.questions(tmp_path):
+        if question.row["part"] in ("b1", "b2"):
+            noun = re.search(r"There is (\w+) in", question.text)[1]
+            scenes = [seen[path] for path in seen if path.parent == (tmp_path / question.image).parent]
+            assert {scene.group(noun) is not None for scene in scenes} == {question.row["part"] == "b1"}
+
+
+def test_pope_splits_draw_what_is_absent_each_in_its_way(folder):
+    """Popular: what most pictures show; adversarial: what most of the pictures show that show what is there."""
+    scenes = [draw_scene(np.random.default_rng([102, number]), usual=0.5) for number in range(30)]
+    shows = [{group.shape for group in scene.groups} for scene in scenes]
+    asked = pope.questions(folder / "pope", prompts="plain")
+    drawn = {"random": [], "popular": [], "adversarial": []}
+    for yes, no in zip(asked[::2], asked[1::2], strict=True):
+        there, absent = (re.search(r"a (\w+) in", question.text)[1] for question in (yes, no))
+        split, shown = yes.row["category"], shows[int(re.search(r"\d+", yes.image)[0])]
+        drawn[split].append(absent)
+        if split != "random":
+            often = lambda shape, split=split, there=there: sum(
+                shape in shapes and (split == "popular" or there in shapes) for shapes in shows
+            )
+            assert often(absent) == max(often(shape) for shape in set(SHAPES) - shown), (split, there, absent)
+    assert len(set(map(tuple, drawn.values()))) == 3
+
+
 def test_pope_files_hold_the_truth(folder):
     asked = pope.questions(folder / "pope", prompts="plain")
     assert len(asked) == 3 * 2 * 30
@@ -319,6 +377,8 @@ def test_the_worlds_score_by_hand(folder):
     assert [scored[name] for name in ("usual", "changed", "gap", "habit", "flood")] == [100, 100, 0, 0, 0]
     scored = exam.score(folder / "world", rows(lambda row: f"{row['habit']} There is a small red star."))
     assert [scored[name] for name in ("usual", "changed", "gap", "habit", "flood")] == [100, 0, 100, 100, 100]
+    scored = exam.score(folder / "world", rows(lambda row: f" {row['true']} \n"))
+    assert [scored[name] for name in ("usual", "changed", "flood")] == [100, 100, 0], "white space says nothing more"
     scored = exam.score(folder / "world", rows(lambda row: ""))
     assert [scored[name] for name in ("usual", "changed", "flood")] == [0, 0, 0]
     with pytest.raises(ValueError, match="have no answer"):

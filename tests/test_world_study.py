@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from napo_jax.data.dataset import open_dataset
-from napo_jax.world.configs import cure
 from napo_jax.world.language import world_tokenizer
 from napo_jax.world.model import world_model
 from napo_jax.world.records import write_pairs
@@ -30,7 +29,7 @@ def study():
 def built(tmp_path_factory):
     """Returns a file of pairs with answers as a builder leaves them: one of the first kind is missing."""
     folder = tmp_path_factory.mktemp("study")
-    write_pairs(folder / "pairs.parquet", 300, seed=9)
+    write_pairs(folder / "pairs.parquet", 300, seed=9, pictures=True)
     table = pq.read_table(folder / "pairs.parquet")
     language = [f"The star is {number}." for number in range(300)]
     language[7] = None
@@ -59,25 +58,21 @@ def test_noise_turns_its_share_of_either_kind_of_pair_round(study, built, tmp_pa
 
 
 def test_every_method_sees_the_same_rows_in_the_same_order(study, built, tmp_path):
-    study.write_noisy(built, tmp_path / "noisy.parquet", 20, seed=3)
-    columns = {study.preferred_to(name): study.preferred_to(name) for name in study.BUILT}
+    table = pq.read_table(built)
+    pictures = {"marked_region": table["region"], "retrieved_image": table["rejected_image"]}
+    study.write_noisy(built, tmp_path / "noisy.parquet", 20, seed=3, pictures=pictures)
     orders = {}
     for method, objective in study.METHODS.items():
         data = dataclasses.replace(
-            cure().data,
-            path=(str(tmp_path / "noisy.parquet"),),
-            columns=columns,
-            cache=str(tmp_path / "cache"),
-            buckets=1,
-            held_out=0,
+            study.config_of(method).data, path=(str(tmp_path / "noisy.parquet"),), cache=str(tmp_path / "cache")
         )
         own = study.with_own_pairs(objective)
         for term in own.terms:
-            assert term.preferred == ("chosen" if term.other in (None, "rejected") else study.preferred_to(term.other))
+            assert term.preferred == (study.preferred_to(term.other) if term.other in study.BUILT else "chosen")
         dataset = open_dataset(data, own, world_tokenizer(), world_model())
         order = dataset.order()
         orders[method] = [dataset.table.records[order[number][1]].tolist() for number in range(12)]
-    assert len(orders) == 6
+    assert len(orders) == len(study.METHODS) == 12
     assert all(order == orders["napo"] for order in orders.values())
 
 
@@ -85,7 +80,7 @@ def test_the_search_and_the_study_share_no_exam_and_no_pairs(study):
     assert study.SEARCH_SEED not in study.SEEDS
     assert len(set(study.EXAM_SEEDS.values())) == 2
     runs = study.study_runs(dict.fromkeys(study.METHODS, 1e-4))
-    assert len(runs) == len(set(runs)) == len(study.SEEDS) * ((len(study.METHODS) - 1) * len(study.NOISE) + 1)
+    assert len(runs) == len(set(runs)) == len(study.SEEDS) * (5 * len(study.NOISE) + len(study.QUIET))
 
 
 def test_an_interval_by_hand(study):
@@ -116,3 +111,16 @@ def test_the_search_goes_on_until_the_best_rate_is_between_others(study, tmp_pat
     monkeypatch.setattr(study, "SEEDS", (1, 2))
     with pytest.raises(ValueError, match="of another base model or recipe"):
         study.Study(tmp_path)
+
+
+def test_results_are_complete_and_the_page_shows_them(study):
+    """Every method, noise and seed has its row, and the page's tables are made of them."""
+    rows = json.loads(study.RESULTS.read_text())["rows"]
+    wanted = [(m, n, s) for m in ("base", *study.METHODS) for n in study.NOISE for s in study.SEEDS]
+    assert sorted((row["method"], row["noise"], row["seed"]) for row in rows) == sorted(wanted)
+    columns = {"LP", "CB", "CK", "VP", "pope_f1", "chair_i", "accuracy"}
+    assert all(columns <= row.keys() for row in rows)
+    page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
+    assert study.table(rows) in page
+    assert study.differences(rows) in page
+    assert study.pictured(rows) in page

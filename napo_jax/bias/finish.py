@@ -3,8 +3,10 @@
 import dataclasses
 import json
 
+import pyarrow as pa
+
 from napo_jax.bias.filters import FILTERS, find_fault
-from napo_jax.bias.inputs import write_output
+from napo_jax.bias.inputs import SUFFIXES, write_output
 from napo_jax.bias.report import Report, Row, Said, as_text, write_page
 from napo_jax.bias.work import BOOKS, Work
 from napo_jax.data.sources import RowError, read_image, read_question, read_text
@@ -27,6 +29,9 @@ def finish(work: Work, written, filters=FILTERS) -> dict:
     settings = read_manifest(work.books, work.settings)["settings"]
     made_by = {name: settings[name] for name in _PROVENANCE}
     provenance = {name: json.dumps(made_by | dataclasses.asdict(recipe)) for name, recipe in work.recipes.items()}
+    # One text for all rows of an answer takes no room as a dictionary.
+    types = dict(zip(SUFFIXES, (pa.string(), pa.string(), pa.dictionary(pa.int32(), pa.string())), strict=True))
+    fields = [pa.field(f"{name}{suffix}", kind) for name in work.recipes for suffix, kind in types.items()]
     report = Report(
         {"model": settings["model"]}
         | {name: str(recipe) for name, recipe in work.recipes.items()}
@@ -39,9 +44,13 @@ def finish(work: Work, written, filters=FILTERS) -> dict:
             texts = _texts(values)
             said = {name: _judge(work.lines[number, row, name], texts, filters) for name in work.recipes}
             report.add(Row(before + row, **texts, said=said, file=number))
-            return {name: (None if answer.fault else answer.text, answer.fault) for name, answer in said.items()}
+            columns = {}
+            for name, answer in said.items():
+                made = (None if answer.fault else answer.text, answer.fault, provenance[name])
+                columns |= {f"{name}{suffix}": value for suffix, value in zip(SUFFIXES, made, strict=True)}
+            return columns
 
-        write_output(file, work.folder, work.wanted(number), list(work.recipes), judge, provenance)
+        write_output(file, work.folder, work.wanted(number), fields, judge)
     summary = report.summary()
     write_durably(work.folder / SUMMARY, json.dumps(summary, indent=1))
     write_durably(work.folder / TEXT, as_text(summary) + "\n")

@@ -34,14 +34,15 @@ class InputFile(NamedTuple):
         return sum(self.groups)
 
 
-def open_inputs(paths, names, columns, output) -> list[InputFile]:
+def open_inputs(paths, names, columns, output, suffixes=SUFFIXES) -> list[InputFile]:
     """Finds the files and looks at their columns; raises DataError if they cannot be used.
 
     Args:
       paths: files, folders or globs, local or gs://.
-      names: the answers that will be built.
+      names: what will be built.
       columns: our name -> the file's column, where they differ.
       output: epath.Path of the folder that files of the same names will be written to.
+      suffixes: the columns that each name will have.
     """
     found = []
     columns = {name: column for name, column in columns.items() if name not in names}  # these are built, not read
@@ -49,9 +50,9 @@ def open_inputs(paths, names, columns, output) -> list[InputFile]:
         if file.suffix != ".parquet":
             raise DataError(f"{file} is no parquet file; expected files of rows as RLAIF-V has them")
         there = read_columns(file)
-        for column in (f"{name}{suffix}" for name in names for suffix in SUFFIXES):
+        for column in (f"{name}{suffix}" for name in names for suffix in suffixes):
             if column in there:
-                raise DataError(f"{file} has a column {column} already; drop it there, or leave that answer out")
+                raise DataError(f"{file} has a column {column} already; drop it there, or do not build it again")
         matched = match_columns(file, there, columns, ())
         with file.open("rb") as f:
             metadata = pq.read_metadata(f)
@@ -79,12 +80,12 @@ def read_questions(file: InputFile) -> Iterator[str | None]:
 
 
 def read_rows(file: InputFile, rows: set[int], work: Callable, *, image_root, exif, threads) -> Iterator:
-    """Yields (row number, work(row number, Record or reason)) of some rows in order, with threads ahead of the reader.
+    """Yields (row number, what work makes of it) of some rows in order, with threads ahead of the reader.
 
     Args:
       file: the file.
       rows: the numbers of those wanted.
-      work: called on threads.
+      work: (row number, Record or reason, {our name: value}) -> anything; called on threads.
       image_root: the folder that paths of pictures start from; None for that of the file.
       exif: whether pictures will be turned as their EXIF says.
       threads: how many.
@@ -94,7 +95,7 @@ def read_rows(file: InputFile, rows: set[int], work: Callable, *, image_root, ex
     root = image_root_of(file, image_root)
     batches = read_batches(file.path, file.columns)
     wanted = ((i, row) for i, row in enumerate(itertools.chain.from_iterable(batches)) if i in rows)
-    run = lambda number, values: (number, work(number, check_row(values, root, exif)))
+    run = lambda number, values: (number, work(number, check_row(values, root, exif), values))
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         try:
@@ -114,21 +115,16 @@ def image_root_of(file: InputFile, root) -> epath.Path:
     return real_root(file.path.parent if root is None else epath.Path(root))
 
 
-def write_output(file: InputFile, folder, rows: int, names, answers: Callable, provenance: dict[str, str]):
-    """Writes a file again, row group by row group, with columns for the answers.
+def write_output(file: InputFile, folder, rows: int, fields: list[pa.Field], made: Callable):
+    """Writes a file again, row group by row group, with more columns.
 
     Args:
       file: the file.
       folder: epath.Path to write it to, under the same name.
       rows: how many of its rows, from the first.
-      names: of the answers.
-      answers: (row number, {our name: value}) -> {name: (text or None, fault or None)}.
-      provenance: {name: JSON} of how each answer was made.
+      fields: of the new columns.
+      made: (row number, {our name: value}) -> {field's name: value}.
     """
-    text = pa.string()
-    # One text for all rows of an answer, which takes no room as a dictionary.
-    types = {"": text, "_fault": text, "_made_by": pa.dictionary(pa.int32(), text)}
-    fields = [pa.field(f"{name}{suffix}", types[suffix]) for name in names for suffix in SUFFIXES]
     target = folder / file.path.name
     for left in folder.glob(f"{file.path.name}.*.tmp"):  # by a process that was killed
         left.unlink()
@@ -137,8 +133,7 @@ def write_output(file: InputFile, folder, rows: int, names, answers: Callable, p
     with file.path.open("rb") as source, aside.open("wb") as sink:
         parquet = pq.ParquetFile(source)
         schema = parquet.schema_arrow
-        metadata = _with_features(schema.metadata, [field.name for field in fields])
-        schema = pa.schema([*schema, *fields], metadata)
+        schema = pa.schema([*schema, *fields], _with_features(schema.metadata, fields))
         options = {"compression": _compression(parquet.metadata)}
         with pq.ParquetWriter(sink, schema, **options) as writer:
             for group, size in enumerate(file.groups):
@@ -146,15 +141,9 @@ def write_output(file: InputFile, folder, rows: int, names, answers: Callable, p
                     break
                 size = min(size, rows - first)
                 table = parquet.read_row_group(group).slice(0, size)
-                found = [answers(first + i, values) for i, values in enumerate(_values(table, file.columns))]
-                arrays = list(table.columns)
-                for name in names:
-                    said, faults = zip(*(answer[name] for answer in found), strict=True) if found else ((), ())
-                    made_by = pa.DictionaryArray.from_arrays(
-                        pa.array([0] * size, pa.int32()), pa.array([provenance[name]], text)
-                    )
-                    arrays += [pa.array(said, text), pa.array(faults, text), made_by]
-                writer.write_table(pa.table(arrays, schema=schema), row_group_size=max(size, 1))
+                found = [made(first + i, values) for i, values in enumerate(_values(table, file.columns))]
+                arrays = [pa.array([row[field.name] for row in found], field.type) for field in fields]
+                writer.write_table(pa.table([*table.columns, *arrays], schema=schema), row_group_size=max(size, 1))
                 first += size
         if is_local(target):
             sink.flush()
@@ -188,13 +177,22 @@ def _compression(metadata):
     return metadata.row_group(0).column(0).compression.lower().replace("uncompressed", "none")
 
 
-def _with_features(metadata, names):
-    """Returns a schema's metadata with new text columns in what the `datasets` library keeps there of its columns."""
+def _with_features(metadata, fields):
+    """Returns a schema's metadata with new columns in what the `datasets` library keeps there of its columns."""
     metadata = dict(metadata or {})
     try:
         known = json.loads(metadata[b"huggingface"])
-        known["info"]["features"] |= {name: {"dtype": "string", "_type": "Value"} for name in names}
+        known["info"]["features"] |= {field.name: _feature(field.type) for field in fields}
         metadata[b"huggingface"] = json.dumps(known).encode()
     except (KeyError, ValueError, TypeError):  # there is nothing of the kind, or it is of another kind: leave it
         pass
     return metadata or None
+
+
+def _feature(kind):
+    """Returns what the `datasets` library calls a type of column."""
+    if pa.types.is_struct(kind):
+        return {field.name: _feature(field.type) for field in kind}
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "Sequence"}
+    return {"dtype": "string" if pa.types.is_dictionary(kind) else str(kind), "_type": "Value"}

@@ -15,7 +15,13 @@ from napo_jax.data.images import decode, fit, normalise
 from napo_jax.generate import Prompt
 from napo_jax.models import IMAGE_SLOT
 
-_OTHERS = ("clean", "region", "swap")  # image variants that mask nothing, or need more than the picture
+_OTHERS = (
+    "clean",
+    "crop_anew",
+    "region",
+    "swap",
+    "rejected_image",
+)  # image variants that mask nothing, or need more than the picture
 IMAGE_MASKS = (
     "kept",
     "no_image",  # no picture and no place for one

@@ -167,7 +167,7 @@ class Work:
         data = self._data
         look = {"image_root": self._root, "exif": data.exif, "threads": data.threads}
         for number, rows in self.missing(name, share).items():
-            work = lambda row, record, number=number: ask(number, row, record)
+            work = lambda row, record, _, number=number: ask(number, row, record)
             for row, prompt in read_rows(self.inputs[number], rows, work, **look):
                 if isinstance(prompt, str):
                     self.keep(Line(number, row, name, None, 0, False, None, prompt))

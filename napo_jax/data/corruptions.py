@@ -22,6 +22,7 @@ from napo_jax.data.images import MEAN, STD
 VARIANTS = (
     "clean",  # the picture itself
     "crop",  # a random 1% to 20% of it, at full size (mDPO)
+    "crop_anew",  # the same, but the reference draws another one than the policy (mDPO as released)
     "diffusion",  # noise as of a diffusion step, on the normalised picture (CHiP)
     "diffusion_pixels",  # that noise on pixels in [0, 1], clamped (POVID, but for the clamp)
     "region",  # that noise inside a mask only (MFPO)
@@ -32,6 +33,7 @@ VARIANTS = (
     "rotate",  # turned by 10 to 80 degrees (CHiP)
     "shuffle_patches",  # its patches in another order
     "swap",  # the picture of the next record in the batch
+    "rejected_image",  # another picture, which the record brings (rDPO, AdaViP)
 )
 BATCH_DEPENDENT = frozenset({"swap"})  # of these, a record's variant changes with its company
 
@@ -50,6 +52,8 @@ def image_variants(
     variants: Sequence[str],
     *,
     masks=None,
+    rejected_images=None,
+    reference: bool = False,
     step: int = 500,
     space: Literal["normalised", "pixels"] = "normalised",
     patch: int = 14,
@@ -59,9 +63,11 @@ def image_variants(
     Args:
       images: float32[B, S, S, 3], normalised.
       seeds: uint32[B], the records' own.
-      variants: M names out of `VARIANTS`; static, as all that follows but the masks.
+      variants: M names out of `VARIANTS`; static, as all that follows but the masks and pictures.
       masks: bool[B, h, w], true where `region` puts its noise, by pixel or by patch: h and w divide S. All false means
         the whole picture, as in MFPO: two equal pictures would be no preference.
+      rejected_images: float32[B, S, S, 3], normalised, for `rejected_image`.
+      reference: whether they are made for the reference, which matters to `crop_anew` alone.
       step: of the diffusion, 0 to 999.
       space: where `diffusion` and `region` add their noise: to the normalised picture, as CHiP does, or to pixels in
         [0, 1], clamped, as POVID does but for the clamp.
@@ -84,6 +90,8 @@ def image_variants(
         raise ValueError(f"the space of the diffusion must be 'normalised' or 'pixels', got {space!r}")
     if "region" in variants:
         masks = _pixel_masks(masks, batch, size)
+    if "rejected_image" in variants and np.shape(rejected_images) != images.shape:
+        raise ValueError(f"rejected_image needs pictures {list(images.shape)}, got {list(np.shape(rejected_images))}")
     if "shuffle_patches" in variants and size % patch:
         raise ValueError(f"patches of {patch} pixels do not tile a picture of {size}")
     if "swap" in variants and batch == 1:
@@ -91,13 +99,13 @@ def image_variants(
 
     def make(name):
         # Named by a number of its own: adding variants changes none, and no two of a record share their noise.
-        number = zlib.crc32(name.encode())
+        number = zlib.crc32(b"crop_anew of the reference" if name == "crop_anew" and reference else name.encode())
         keys = jax.vmap(lambda seed: jax.random.fold_in(_key(seed), number))(seeds)
         each = lambda one, *more: jax.vmap(one)(images, keys, *more)
         match name:
             case "clean":
                 return images
-            case "crop":
+            case "crop" | "crop_anew":
                 return each(crop)
             case "diffusion":
                 return each(functools.partial(diffusion, step=step, space=space))
@@ -119,6 +127,8 @@ def image_variants(
                 return each(functools.partial(shuffle_patches, patch=patch))
             case "swap":
                 return jnp.roll(images, -1, axis=0)
+            case "rejected_image":
+                return jnp.asarray(rejected_images, jnp.float32)
 
     return jnp.stack([make(name) for name in variants], axis=1)
 

@@ -12,9 +12,11 @@ from napo_jax.data.corruptions import VARIANTS
 from napo_jax.data.groups import GroupRules, GroupTable, tabulate
 from napo_jax.data.loader import Loader, Pictures
 from napo_jax.data.made_up import MadeUpRecords
-from napo_jax.data.order import NO_GROUP, Order
+from napo_jax.data.order import NO_GROUP, Order, Stages, thirds
 from napo_jax.data.prompts import Prompter
 from napo_jax.data.records import default_cache, open_records
+from napo_jax.data.regions import Frame
+from napo_jax.data.sources import EXTRAS, DataError
 from napo_jax.data.store import PICTURE_DIGITS
 from napo_jax.models.clip import ClipConfig
 from napo_jax.objective import Objective
@@ -33,6 +35,7 @@ class Dataset:
     vision: ClipConfig
     held_out: np.ndarray  # bool[N], the groups that are evaluated and never trained on
     cache: Path  # where records, groups and what is computed of them are kept
+    extras: tuple[str, ...] = ()  # what of `sources.EXTRAS` is read
 
     @property
     def rows(self) -> int:
@@ -61,6 +64,17 @@ class Dataset:
         drawn = True if held_out is None else self.held_out == held_out
         return Order(np.where(drawn, self.bucket_of, NO_GROUP), **options)
 
+    def training_order(self, steps) -> Order | Stages:
+        """Returns the order of a run of so many steps: shuffled, and from easy to hard if the config says so."""
+        if self.config.curriculum == "none":
+            return self.order()
+        drawn = np.flatnonzero(~self.held_out & (self.bucket_of != NO_GROUP))
+        third_of = np.full(len(self.table), NO_GROUP)
+        third_of[drawn] = thirds(self.records.difficulties()[self.table.records[drawn]])
+        options = {"batch_size": self.config.batch_size, "seed": self.config.seed}
+        some = lambda third: np.where(third_of == third, self.bucket_of, NO_GROUP)
+        return Stages([Order(some(third), **options) for third in range(3)], steps)
+
     def under(self, objective: Objective) -> "Dataset":
         """Returns the same groups under another objective of the same answers, in buckets for those held out."""
         rules = GroupRules.of(objective)
@@ -78,6 +92,7 @@ class Dataset:
         config = self.config
         pictures = Pictures(self.vision.image_size, config.image_rule, config.exif)
         options = {"seed": config.seed, "threads": config.threads, "workers": config.workers} | options
+        options = {"extras": self.extras} | options
         return Loader(self.records, self.table, self.buckets, order or self.order(), pictures, **options)
 
 
@@ -93,8 +108,6 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
     if unknown := sorted(set(objective.image_variants) - set(VARIANTS)):
         raise ValueError(f"the objective needs the image variants {unknown}; there are {', '.join(VARIANTS)}")
     # Before any file is converted, which may take an hour.
-    if "region" in objective.image_variants:
-        raise ValueError("the objective needs the image variant region, and records hold no masks of regions yet")
     if "swap" in objective.image_variants and config.batch_size == 1:
         raise ValueError("the objective swaps pictures within a batch, and data.batch_size is 1")
     if config.max_tokens > model.text.max_positions:
@@ -105,17 +118,23 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
         objective, max_tokens=config.max_tokens, long_answers=config.long_answers, identical=config.identical
     )
     cache = Path(config.cache).expanduser() if config.cache else default_cache()
+    needed = {*objective.image_variants, *(["difficulty"] if config.curriculum != "none" else [])}
+    extras = tuple(name for name in EXTRAS if name in needed)
     if config.path is None:
-        records = MadeUpRecords(config.made_up, seed=config.seed)
+        frame = Frame(config.image_rule, config.exif, model.vision.image_size // model.vision.patch_size)
+        records = MadeUpRecords(config.made_up, seed=config.seed, frame=frame)
     else:
         records = open_records(
             config.path,
             columns=config.columns,
             answers=rules.answers,
+            extras=extras,
             image_root=config.image_root,
             cache=cache / "records",
             exif=config.exif,
         )
+    if "region" in objective.image_variants:
+        _check_frames(records.frames, config, model.vision)
     prompter = Prompter(tokenizer, config.template, model.vision.image_tokens)
     table = tabulate(records, prompter, rules, cache / "groups")
     if table.largest_id >= model.text.vocab_size:
@@ -125,7 +144,20 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
         )
     buckets, bucket_of = _buckets(table, config)
     held_out = _hold_out(table.keys, config.held_out, config.seed)
-    return Dataset(config, records, prompter, table, buckets, bucket_of, model.vision, held_out, cache)
+    return Dataset(config, records, prompter, table, buckets, bucket_of, model.vision, held_out, cache, extras)
+
+
+def _check_frames(frames, config, vision):
+    """Raises if regions were marked in other squares than the model will see."""
+    fits = lambda frame: (
+        (frame.rule, frame.exif) == (config.image_rule, config.exif) and not vision.image_size % frame.side
+    )
+    if len(frames) > 1 or not all(map(fits, frames)):
+        raise DataError(
+            f"the records' regions are of {'; '.join(map(str, sorted(frames)))}, and this run needs one of them, with "
+            f"image_rule {config.image_rule}, exif {config.exif} and cells that tile {vision.image_size} pixels: mark "
+            "them again for it, or set data.image_rule and data.exif to what they were marked with"
+        )
 
 
 def _buckets(table, config, some=slice(None)):

@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from napo_jax.data.edits import edited_tokens
 from napo_jax.data.order import NO_GROUP
 from napo_jax.data.prompts import IMAGE, IMAGE_SLOT, PromptError
 from napo_jax.data.records import DataError
@@ -38,6 +39,7 @@ class GroupRules:
     max_tokens: int = 2048  # of the prefix, its image, and one answer together
     long_answers: Literal["cut", "drop"] = "cut"
     identical: Literal["keep", "drop"] = "keep"
+    edited: tuple[tuple[str, str], ...] = ()  # answers whose edited spans are marked, each with its counterpart
 
     @classmethod
     def of(cls, objective, **options):
@@ -48,7 +50,8 @@ class GroupRules:
             for other in term.others
             if split_cell(term.preferred)[1] == split_cell(other)[1]
         }
-        return cls(objective.cells, tuple(pairs), len(objective.image_variants), **options)
+        edited = tuple(sorted(objective.counterparts.items()))
+        return cls(objective.cells, tuple(pairs), len(objective.image_variants), edited=edited, **options)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -104,6 +107,15 @@ class GroupTable:
 
     def tokens(self, group):
         """Returns the ids of a group's prefix, int32[P], and of each of its answers, by name."""
+        prefix, answers = self._stored(group)
+        return prefix, {name: np.where(ids < 0, ~ids, ids) for name, ids in answers.items()}
+
+    def edited(self, group):
+        """Returns which tokens of each answer lie in edited spans, {name: bool[T]}; none of one without counterpart."""
+        return {name: ids < 0 for name, ids in self._stored(group)[1].items()}
+
+    def _stored(self, group):
+        """Returns what `tokens` does, but for an edited token ~id, as it is in the file."""
         if self._ids is None:
             self._ids = np.memmap(self.folder / "ids.int32", np.int32, mode="r")
         words = self.prefix_lengths[group] - self.image_tokens + 1  # the file has one slot for the whole picture
@@ -124,7 +136,7 @@ class GroupTable:
 
         Returns:
           {name: array} of prefix_ids int32[B, P], prefix_lengths int32[B], answer_ids int32[B, C, T], answer_lengths
-          int32[B, C], seeds uint32[B] and ids int32[B]; see `Batch`.
+          int32[B, C], seeds uint32[B], ids int32[B], and edited bool[B, C, T] if the rules ask for it; see `Batch`.
         """
         cells = len(self.rules.cells)
         out = {
@@ -135,16 +147,22 @@ class GroupTable:
             "seeds": np.zeros(len(groups), np.uint32),
             "ids": np.full(len(groups), NO_GROUP, np.int32),
         }
+        if self.rules.edited:
+            out["edited"] = np.zeros((len(groups), cells, bucket.answer), bool)
         for row, group in enumerate(groups):
             if group == NO_GROUP:
                 continue
             prefix, answers = self.tokens(group)
+            edited = self.edited(group) if self.rules.edited else {}
             out["prefix_ids"][row, : len(prefix)] = prefix
             out["prefix_lengths"][row] = len(prefix)
             for cell, name in enumerate(self.rules.cells):
-                ids = answers[split_cell(name)[0]]
+                answer, _ = split_cell(name)
+                ids = answers[answer]
                 out["answer_ids"][row, cell, : len(ids)] = ids
                 out["answer_lengths"][row, cell] = len(ids)
+                if edited:
+                    out["edited"][row, cell, : len(ids)] = edited[answer]
             out["seeds"][row] = record_seed(self._key_bytes[group].decode(), seed)
             out["ids"][row] = self.records[group]
         return out
@@ -197,8 +215,8 @@ def _write(folder, records, prompter, rules, fingerprint):
                 keys.append(key.encode())
                 prefix_lengths.append(len(prefix) - 1 + prompter.image_tokens)
                 answer_lengths.append([len(answer) for answer in answers])
-                ids = np.array([*prefix, *itertools.chain(*answers)], np.int32)
-                largest = max(largest, int(ids.max()))
+                largest = max(largest, *prefix, *itertools.chain(*answers))
+                ids = np.array([*prefix, *itertools.chain(*_marked(answers, rules))], np.int32)
                 file.write(ids.tobytes())
     if not numbers:
         reasons = dropped + collections.Counter(records.dropped)
@@ -255,6 +273,13 @@ def _tokenise(rows, prompter, rules, dropped, notes):
         if any(mark in text for mark in _SPECIAL_TEXTS for text in texts):
             notes["special text in an answer, read as text"] += 1
         yield number, key, prefix, answers
+
+
+def _marked(answers, rules):
+    """Returns ids with ~id for each token in an edited span."""
+    by_name = dict(zip(rules.answers, map(np.array, answers), strict=True))
+    marks = {one: edited_tokens(by_name[one], by_name[other])[0] for one, other in rules.edited}
+    return [np.where(marks[name], ~ids, ids) if name in marks else ids for name, ids in by_name.items()]
 
 
 def _missing(name, answers):

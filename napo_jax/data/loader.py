@@ -34,6 +34,11 @@ class Batch:
     bucket: Bucket = dataclasses.field(metadata={"static": True})
     # {cell: Logps of float32[B]}, the reference's, where they were computed before; see `napo_jax.reference`.
     reference: dict | None = None
+    # What the image variants of the objective need besides the picture.
+    rejected_images: np.ndarray | None = None  # uint8[B, I, I, 3]
+    masks: np.ndarray | None = None  # bool[B, side, side], the records' regions
+    # Which tokens lie in spans where an answer differs from its counterpart, if the objective weighs them.
+    edited: np.ndarray | None = None  # bool[B, C, T]
 
     @property
     def valid(self):
@@ -57,7 +62,9 @@ class Pictures:
 class Loader:
     """The batches of an order, from any step on."""
 
-    def __init__(self, records, table, buckets, order, pictures, *, seed=0, rows=None, threads=4, workers=0, ahead=4):
+    def __init__(
+        self, records, table, buckets, order, pictures, *, extras=(), seed=0, rows=None, threads=4, workers=0, ahead=4
+    ):
         """Makes a loader; nothing is read yet.
 
         Args:
@@ -66,6 +73,7 @@ class Loader:
           buckets: tuple of Bucket that `order` indexes.
           order: the `Order` of the table's groups.
           pictures: `Pictures`.
+          extras: those of `sources.EXTRAS` that a batch has too.
           seed: what the records' own seeds are made with.
           rows: (first, last) of the batch rows that this process loads; None for an even share by its JAX index.
           threads: batches decoded at a time, in each process that decodes.
@@ -75,7 +83,7 @@ class Loader:
         """
         self.order = order
         self.rows = rows or process_rows(order.batch_size)
-        self._steps = _Steps(records, table, buckets, order, pictures, seed, self.rows)
+        self._steps = _Steps(records, table, buckets, order, pictures, tuple(extras), seed, self.rows)
         self._read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
         self._workers = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
 
@@ -141,6 +149,7 @@ class _Steps:
     buckets: tuple
     order: object
     pictures: object
+    extras: tuple
     seed: int
     rows: tuple
     start: int = 0
@@ -155,20 +164,35 @@ class _Steps:
         groups = groups[slice(*self.rows)]
         return {
             "bucket": np.int32(bucket),
-            "arrays": self.table.arrays(groups, self.buckets[bucket], self.seed) | {"images": self._images(groups)},
+            "arrays": self.table.arrays(groups, self.buckets[bucket], self.seed) | self._pictures(groups),
         }
 
-    def _images(self, groups):
-        out = np.zeros((len(groups), self.pictures.size, self.pictures.size, 3), np.uint8)
+    def _pictures(self, groups):
+        """Returns what a batch holds of pictures, and what goes with them."""
+        size = self.pictures.size
+        out = {"images": np.zeros((len(groups), size, size, 3), np.uint8)}
+        if "rejected_image" in self.extras:
+            out["rejected_images"] = np.zeros_like(out["images"])
+        if "region" in self.extras:
+            (frame,) = self.records.frames
+            out["masks"] = np.zeros((len(groups), frame.side, frame.side), bool)
         for row, group in enumerate(groups):
             if group == NO_GROUP:
                 continue
             number = int(self.table.records[group])
-            try:
-                out[row] = self.pictures(self.records.image(number))
-            except images.ImageError as error:  # it was decoded once already, when the records were made
-                raise DataError(f"the picture of record {number} has changed or its disk fails: {error}") from None
+            out["images"][row] = self._picture(number, self.records.image(number))
+            record = self.records[number] if len(out) > 1 else None
+            if "rejected_images" in out:
+                out["rejected_images"][row] = self._picture(number, record.rejected_image)
+            if "masks" in out:
+                out["masks"][row] = record.region.mask
         return out
+
+    def _picture(self, number, data):
+        try:
+            return self.pictures(data)
+        except images.ImageError as error:  # it was decoded once already, when the records were made
+            raise DataError(f"the picture of record {number} has changed or its disk fails: {error}") from None
 
     @property
     def fingerprint(self):

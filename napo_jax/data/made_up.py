@@ -8,8 +8,10 @@ import numpy as np
 from PIL import Image
 
 from napo_jax.data.records import Record
+from napo_jax.data.regions import Frame, Region
 
 ANSWERS = ("chosen", "rejected", "question_only", "image_only")
+_FRAME = Frame("pad", exif=False, side=4)
 _WORDS = [
     "a",
     "the",
@@ -38,10 +40,10 @@ _WORDS = [
 class MadeUpRecords:
     """Records that are a function of a seed and their number; the same surface as `Records`."""
 
-    def __init__(self, count, *, seed=0, image_size=32):
-        """Makes `count` records."""
+    def __init__(self, count, *, seed=0, image_size=32, frame=_FRAME):
+        """Makes `count` records, with regions of a `Frame`."""
         self.rows, self.seed, self.image_size = count, seed, image_size
-        self.dropped = {}
+        self.dropped, self.frames = {}, {frame}
 
     def __len__(self):
         return self.rows
@@ -51,15 +53,29 @@ class MadeUpRecords:
         if not 0 <= number < self.rows:
             raise IndexError(number)
         key, question, answers = self._texts(number)
-        return Record(key, self.image(number), question, answers)
+        (frame,) = self.frames
+        random = np.random.default_rng([self.seed, number, 2])
+        (top, left), (bottom, right) = np.sort(random.integers(0, frame.side, (2, 2)), axis=0)
+        mask = np.zeros((frame.side, frame.side), bool)
+        mask[top : bottom + 1, left : right + 1] = True
+        region = Region.of(mask, frame.rule, frame.exif)
+        hard = float(self.difficulties()[number])
+        return Record(key, self.image(number), question, answers, self._picture(number, 3), region, hard)
 
     def image(self, number):
         """Returns the picture of a record, a PNG."""
-        random = np.random.default_rng([self.seed, number, 1])
+        return self._picture(number, 1)
+
+    def _picture(self, number, which):
+        random = np.random.default_rng([self.seed, number, which])
         pixels = random.integers(0, 256, (self.image_size, self.image_size, 3), np.uint8)
         data = io.BytesIO()
         Image.fromarray(pixels).save(data, "PNG")
         return data.getvalue()
+
+    def difficulties(self):
+        """Returns how hard each record is, float64[N]."""
+        return np.random.default_rng([self.seed, 4]).random(self.rows)
 
     def texts(self) -> Iterator:
         """Yields (key, question, answers) of all records in order."""
@@ -68,7 +84,7 @@ class MadeUpRecords:
     @property
     def fingerprint(self):
         """A digest of all records."""
-        return hashlib.sha256(repr((self.rows, self.seed, self.image_size)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.rows, self.seed, self.image_size, self.frames)).encode()).hexdigest()
 
     def _texts(self, number):
         random = np.random.default_rng([self.seed, number, 0])

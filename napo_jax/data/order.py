@@ -70,3 +70,39 @@ class Order:
             turn = random.permutation(len(batches))
             buckets, batches = buckets[turn], batches[turn]
         return buckets, batches
+
+
+class Stages:
+    """Orders one behind the other: each is gone through as often as the others before the next one begins.
+
+    So a batch is of one stage alone. What does not fill a batch in a pass is left out of that pass, other groups each
+    time, as in any order; none of it moves on to the next stage.
+    """
+
+    def __init__(self, orders, steps):
+        """Takes the `Order` of each stage, of one batch size, and the steps of the whole run."""
+        self.orders, self.steps, self.batch_size = tuple(orders), steps, orders[0].batch_size
+        self.steps_per_epoch = sum(order.steps_per_epoch for order in orders)
+        passes = np.cumsum([order.steps_per_epoch for order in orders]) / self.steps_per_epoch
+        self.ends = np.rint(passes * steps).astype(int)  # the step behind each stage
+
+    @property
+    def fingerprint(self):
+        """A digest of all that decides which groups are in which batch."""
+        parts = (self.steps, *(order.fingerprint for order in self.orders))
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def __getitem__(self, step):
+        """Returns the bucket of a step's batch, and its groups, int32[batch_size]; behind the end, the last stage's."""
+        stage = min(int(np.searchsorted(self.ends, step, side="right")), len(self.orders) - 1)
+        return self.orders[stage][step - (int(self.ends[stage - 1]) if stage else 0)]
+
+
+def thirds(difficulty) -> np.ndarray:
+    """Returns the third that each group falls into, int[N]: 0 for the easiest; of equal ones, the earlier is easier.
+
+    Args:
+      difficulty: float[N].
+    """
+    rank = np.argsort(np.argsort(difficulty, kind="stable"), kind="stable")
+    return rank * 3 // len(difficulty)

@@ -120,6 +120,13 @@ class Prompter:
         write = lambda text: f"{self._context} {text}" if text else self._context
         return self._each(texts, write, self._read_answer)
 
+    def answer_spans(self, text) -> list[tuple[int, int]]:
+        """Returns where each token of an answer, EOS aside, stands in its text: first and last character, exclusive."""
+        encoding = self._words.encode(f"{self._context} {text}")
+        begin = len(self._context) + 1  # and the space
+        spans = (encoding.token_to_chars(i) for i in range(len(self._context_ids), len(encoding)))
+        return [(max(start - begin, 0), max(end - begin, 0)) for start, end in spans]
+
     def _read_answer(self, encoding):
         end, first = len(self._context), len(self._context_ids)
         whole = len(encoding) >= first and encoding.token_to_chars(first - 1)[1] <= end

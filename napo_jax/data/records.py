@@ -19,9 +19,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
+from napo_jax.data.regions import Frame
 from napo_jax.data.sources import SUFFIXES, DataError, match_columns, read_columns
 from napo_jax.data.store import Record, Store, convert, find_store, is_local, store_name, unpack, unpack_image
 
@@ -36,6 +38,7 @@ class Records:
     Attributes:
       rows: int, the rows that the source files hold, with those that made no record.
       dropped: {reason: count} of the rows that made no record.
+      frames: set of `Frame`, those of the records' regions.
     """
 
     def __init__(self, stores: Sequence[Store]):
@@ -46,6 +49,7 @@ class Records:
         )
         self.rows = sum(store.rows for store in stores)
         self.dropped = dict(sorted(sum((Counter(store.dropped) for store in stores), Counter()).items()))
+        self.frames = {Frame(*frame) for store in stores for frame in store.frames}
 
     def __len__(self):
         return len(self._source)
@@ -61,6 +65,10 @@ class Records:
         """Yields (key, question, answers) of all records in order, and reads no picture."""
         for store in self._stores:
             yield from store.texts()
+
+    def difficulties(self) -> np.ndarray:
+        """Returns how hard each record is, float64[N]."""
+        return np.concatenate([store.difficulties() for store in self._stores])
 
     @property
     def fingerprint(self) -> str:
@@ -80,6 +88,7 @@ def open_records(
     *,
     columns: Mapping[str, str] | None = None,
     answers: Sequence[str] = (),
+    extras: Sequence[str] = (),
     image_root: str | os.PathLike | None = None,
     cache: str | os.PathLike | None = None,
     exif: bool = False,
@@ -90,7 +99,9 @@ def open_records(
 
     At that time every row is checked, down to the last pixel of its picture, so that training meets no bad one. Rows
     that make no record are counted: `no_image`, `several_images`, `image_outside_root`, `image_missing`, the reasons
-    of `ImageError`, `no_question` (none, blank, or no text) and `several_messages` (a prompt with more than one).
+    of `ImageError`, `no_question` (none, blank, or no text) and `several_messages` (a prompt with more than one); where
+    they are asked for, `no_region`, `bad_region`, `no_difficulty`, and the reasons of pictures with `rejected_image`
+    for `image`.
 
     A file is converted again when its name, size or time of change is new, or when an argument here is; a picture that
     changes under its path is not noticed. The cache may be deleted whenever nothing reads it.
@@ -99,6 +110,7 @@ def open_records(
       paths: files, folders or globs, local or gs://. Files are read in the order of their names.
       columns: our name -> the file's column, for `image`, `question` and answers. Names not known are more answers.
       answers: those that every file must have a column for.
+      extras: those of `sources.EXTRAS` that every row must have; otherwise they are not read.
       image_root: the folder that paths of pictures are relative to; by default, that of the file that names them.
       cache: a local folder, which hosts may share; by default `napo_jax/records` in $XDG_CACHE_HOME or ~/.cache.
       exif: whether pictures will be turned as their EXIF says; see `napo_jax.data.images.decode`.
@@ -117,10 +129,10 @@ def open_records(
     mapping, sources = dict(columns or {}), []
     for file in files:  # all of them, before the first is converted
         root = file.parent if image_root is None else _absolute(image_root)
-        folder = cache.absolute() / store_name(file, sorted(mapping.items()), str(root), exif)
+        folder = cache.absolute() / store_name(file, sorted(mapping.items()), str(root), exif, sorted(extras))
         store = find_store(folder)
         there = store.columns if store else read_columns(file)
-        sources.append((file, root, folder, store, there, match_columns(file, there, mapping, answers)))
+        sources.append((file, root, folder, store, there, match_columns(file, there, mapping, answers, extras)))
     settings = {"exif": exif, "workers": workers or os.cpu_count(), "report": report or _print}
     stores = [
         store or convert(file, folder, there, found, image_root=root, **settings)

@@ -7,6 +7,7 @@ preferences about pictures has `images`, a list of one, and `prompt` and the ans
 import contextlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,15 @@ _COLUMNS = {
     "rejected": ("rejected",),
     "question_only": ("question_only", "question_only_None"),
     "image_only": ("image_only",),
+    "rejected_image": ("rejected_image", "retrieved_image"),
+    "region": ("region",),
+    "difficulty": ("difficulty",),
 }
+EXTRAS = (
+    "rejected_image",
+    "region",
+    "difficulty",
+)  # what is neither text nor the picture asked about; read only where it is needed
 _REQUIRED = ("image", "question")
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".parquet", *_JSON_LINES)  # what is taken from a folder
@@ -63,7 +72,9 @@ def read_columns(file) -> list[str]:
             return pq.read_schema(f).names
 
 
-def match_columns(file, there: Sequence[str], mapping: Mapping[str, str], answers: Sequence[str]) -> dict[str, str]:
+def match_columns(
+    file, there: Sequence[str], mapping: Mapping[str, str], answers: Sequence[str], extras: Sequence[str] = ()
+) -> dict[str, str]:
     """Returns {our name: column}.
 
     Args:
@@ -71,13 +82,17 @@ def match_columns(file, there: Sequence[str], mapping: Mapping[str, str], answer
       there: the columns of the file; none where it has no row.
       mapping: our name -> its column; names beyond those known are more answers.
       answers: those that must have a column.
+      extras: those of `EXTRAS` that must; the others are not looked for.
 
     Raises:
-      DataError: there is no picture, no question, not one of `answers`, or not a column that `mapping` names.
+      DataError: there is no picture, no question, not one of `answers` or `extras`, or not a column that `mapping`
+        names.
     """
     known = _COLUMNS | {name: (column,) for name, column in mapping.items()}
+    for name in set(EXTRAS) - set(extras):
+        del known[name]
     found = {name: next((column for column in columns if column in there), None) for name, columns in known.items()}
-    for name in (*_REQUIRED, *answers, *mapping) if there else ():
+    for name in (*_REQUIRED, *answers, *extras, *(name for name in mapping if name in known)) if there else ():
         if found.get(name) is None:
             wanted = " or ".join(known.get(name, (name,)))
             raise DataError(f"{file} has no column {wanted} for {name!r}; map one of those there: {', '.join(there)}")
@@ -95,7 +110,9 @@ def parse(values: Mapping[str, Any]) -> Row:
     """Returns what a row holds; raises RowError where it has no picture or no question."""
     image = read_image(values.get("image"))
     question = read_question(values.get("question"))
-    answers = {name: read_text(value, "assistant") for name, value in values.items() if name not in _REQUIRED}
+    answers = {
+        name: read_text(value, "assistant") for name, value in values.items() if name not in (*_REQUIRED, *EXTRAS)
+    }
     return Row(image, question, {name: text for name, text in answers.items() if text is not None})
 
 
@@ -114,6 +131,13 @@ def read_question(value) -> str:
     if text is None or not text.strip():
         raise RowError("no_question")
     return text
+
+
+def read_difficulty(value) -> float:
+    """Returns what the column holds of how hard a row is; raises RowError where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError("no_difficulty")
+    return float(value)
 
 
 def read_text(value, role) -> str | None:

@@ -4,6 +4,7 @@ Its `records` is an ArrayRecord file of whole records, `texts.parquet` has their
 `summary.json` the counts.
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import fcntl
@@ -19,17 +20,26 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
 from napo_jax.data.images import ImageError, decode
-from napo_jax.data.sources import DataError, RowError, parse, read_batches
+from napo_jax.data.regions import Frame, Region, read_region
+from napo_jax.data.sources import DataError, RowError, parse, read_batches, read_difficulty, read_image
 
-_FORMAT = 2  # of the folder, and of the checks that its rows passed
+_FORMAT = 3  # of the folder, and of the checks that its rows passed
 _RECORDS, _TEXTS, _SUMMARY = "records", "texts.parquet", "summary.json"  # the files of a store
-_TEXT_SCHEMA = pa.schema({"key": pa.string(), "question": pa.string(), "answers": pa.map_(pa.string(), pa.string())})
+_TEXT_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "question": pa.string(),
+        "answers": pa.map_(pa.string(), pa.string()),
+        "difficulty": pa.float64(),
+    }
+)
 _TEXT_BATCH = 1024
 PICTURE_DIGITS = 16  # of a record's key: those of its picture
 
@@ -41,6 +51,9 @@ class Record(NamedTuple):
     image: bytes  # the encoded picture
     question: str
     answers: dict[str, str]  # by name, those that are there
+    rejected_image: bytes | None = None  # encoded, as `image`; this and the region only where they were asked for
+    region: Region | None = None
+    difficulty: float | None = None  # how hard it is; no part of the key
 
 
 class Store(NamedTuple):
@@ -51,6 +64,7 @@ class Store(NamedTuple):
     records: int  # that were kept
     dropped: dict[str, int]  # by reason
     columns: list[str]  # all that the source has
+    frames: list[list]  # of the records' regions, each once
 
     @property
     def file(self) -> str:
@@ -59,8 +73,9 @@ class Store(NamedTuple):
 
     def texts(self) -> Iterator[tuple[str, str, dict[str, str]]]:
         """Yields (key, question, answers) of the records in order."""
-        for batch in self._text_batches(_TEXT_SCHEMA.names):
-            columns = (batch.column(name).to_pylist() for name in _TEXT_SCHEMA.names)
+        names = ("key", "question", "answers")
+        for batch in self._text_batches(names):
+            columns = (batch.column(name).to_pylist() for name in names)
             for key, question, answers in zip(*columns, strict=True):
                 yield key, question, dict(answers)
 
@@ -68,6 +83,12 @@ class Store(NamedTuple):
         """Yields the keys of the records in order."""
         for batch in self._text_batches(["key"]):
             yield from batch.column("key").to_pylist()
+
+    def difficulties(self) -> np.ndarray:
+        """Returns how hard each record is, float64[N], NaN where that was not read."""
+        batches = self._text_batches(["difficulty"])
+        columns = [batch.column("difficulty").to_numpy(zero_copy_only=False) for batch in batches]
+        return np.concatenate(columns) if columns else np.zeros(0)
 
     def _text_batches(self, names):
         with pq.ParquetFile(os.path.join(self.folder, _TEXTS)) as file:
@@ -135,11 +156,25 @@ def check_row(values, image_root, exif) -> Record | str:
     """
     try:
         row = parse(values)
-        image = row.image if isinstance(row.image, bytes) else read_picture(image_root, row.image)
-        decode(image, exif=exif)
+        image = _check_picture(row.image, image_root, exif)
+        region = read_region(values["region"]) if "region" in values else None
+        difficulty = read_difficulty(values["difficulty"]) if "difficulty" in values else None
     except (RowError, ImageError) as error:
         return error.reason
-    return Record(_key(image, row), image, row.question, row.answers)
+    rejected = None
+    if "rejected_image" in values:
+        try:
+            rejected = _check_picture(read_image(values["rejected_image"]), image_root, exif)
+        except (RowError, ImageError) as error:
+            return error.reason.replace("image", "rejected_image")
+    return Record(_key(image, row, rejected, region), image, row.question, row.answers, rejected, region, difficulty)
+
+
+def _check_picture(image, image_root, exif) -> bytes:
+    """Returns the bytes of a picture that can be decoded to its end, given themselves or by their path."""
+    data = image if isinstance(image, bytes) else read_picture(image_root, image)
+    decode(data, exif=exif)
+    return data
 
 
 def real_root(image_root):
@@ -170,14 +205,16 @@ def read_picture(root, name) -> bytes:
 
 def unpack(data: bytes) -> Record:
     """Returns the record that an entry of the ArrayRecord file holds."""
-    start = _image_start(data)
-    key, question, answers = json.loads(data[4:start])
-    return Record(key, data[start:], question, answers)
+    start, end = _image_place(data)
+    key, question, answers, region, difficulty = json.loads(data[8:start])
+    if region is not None:
+        region = Region(Frame(*region[:-1]), base64.b64decode(region[-1]))
+    return Record(key, data[start:end], question, answers, data[end:] or None, region, difficulty)
 
 
 def unpack_image(data: bytes) -> bytes:
     """Returns its picture alone."""
-    return data[_image_start(data) :]
+    return data[slice(*_image_place(data))]
 
 
 def is_local(path) -> bool:
@@ -186,13 +223,18 @@ def is_local(path) -> bool:
 
 
 def _pack(record):
-    """Returns the length of a JSON header, the header, and the picture."""
-    header = json.dumps([record.key, record.question, record.answers], ensure_ascii=False).encode()
-    return len(header).to_bytes(4, "little") + header + record.image
+    """Returns the lengths of a JSON header and of the picture, the header, the picture, and the rejected one if any."""
+    region = record.region and [*record.region.frame, base64.b64encode(record.region.bits).decode()]
+    parts = [record.key, record.question, record.answers, region, record.difficulty]
+    header = json.dumps(parts, ensure_ascii=False).encode()
+    lengths = b"".join(len(part).to_bytes(4, "little") for part in (header, record.image))
+    return lengths + header + record.image + (record.rejected_image or b"")
 
 
-def _image_start(data):
-    return 4 + int.from_bytes(data[:4], "little")
+def _image_place(data):
+    """Returns where the picture begins and ends."""
+    start = 8 + int.from_bytes(data[:4], "little")
+    return start, start + int.from_bytes(data[4:8], "little")
 
 
 @contextlib.contextmanager
@@ -203,7 +245,7 @@ def _lock(file):
 
 
 def _write(folder, file, columns, image_root, exif, workers, report):
-    start, rows, records, dropped, texts = time.monotonic(), 0, 0, Counter(), []
+    start, rows, records, dropped, texts, frames = time.monotonic(), 0, 0, Counter(), [], set()
     image_root = real_root(image_root)
     check = functools.partial(check_row, image_root=image_root, exif=exif)
     with (
@@ -218,7 +260,10 @@ def _write(folder, file, columns, image_root, exif, workers, report):
                     dropped[outcome] += 1
                     continue
                 writer.write(_pack(outcome))
-                texts.append((outcome.key, outcome.question, list(outcome.answers.items())))
+                answers = list(outcome.answers.items())
+                texts.append((outcome.key, outcome.question, answers, outcome.difficulty))
+                if outcome.region is not None:
+                    frames.add(outcome.region.frame)
                 records += 1
             if len(texts) >= _TEXT_BATCH:
                 text_writer.write_batch(_text_batch(texts))
@@ -229,7 +274,7 @@ def _write(folder, file, columns, image_root, exif, workers, report):
     dropped = dict(sorted(dropped.items()))
     why = "".join(f", {reason} {count}" for reason, count in dropped.items())
     report(f"{file}: {rows} rows, {records} kept{why}; {time.monotonic() - start:.0f} s")
-    return {"rows": rows, "records": records, "dropped": dropped}
+    return {"rows": rows, "records": records, "dropped": dropped, "frames": sorted(frames)}
 
 
 def _text_batch(texts):
@@ -238,10 +283,12 @@ def _text_batch(texts):
     return pa.RecordBatch.from_arrays(arrays, schema=_TEXT_SCHEMA)
 
 
-def _key(image, row):
+def _key(image, row, rejected, region):
     digest = hashlib.blake2b(digest_size=16)
     texts = [row.question, *itertools.chain.from_iterable(sorted(row.answers.items()))]
-    for part in (image, *(text.encode() for text in texts)):
+    extras = [] if rejected is None else [b"rejected_image", rejected]
+    extras += [] if region is None else [b"region", repr(region.frame).encode(), region.bits]
+    for part in (image, *(text.encode() for text in texts), *extras):
         digest.update(len(part).to_bytes(8, "little"))  # so that what ends one part cannot begin the next
         digest.update(part)
     return hashlib.blake2b(image, digest_size=PICTURE_DIGITS // 2).hexdigest() + digest.hexdigest()

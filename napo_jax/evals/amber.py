@@ -12,7 +12,7 @@ from etils import epath
 
 from napo_jax.bias.words import words as split_words
 from napo_jax.evals.amber_words import Alike, mark, read_table, read_words
-from napo_jax.evals.answers import Question, choose, join, read_rows
+from napo_jax.evals.answers import Question, choose, join, misfit, read_data
 from napo_jax.evals.nlp import Language, is_noun, nltk_language, plain
 
 NAME = "amber"
@@ -58,6 +58,7 @@ _GROUPS = {  # that a type of question is in
     "relation": ("", "relation"),
 }
 _LAYOUTS = (("key", "text"), ("question_id", "text"), ("id", "response"))  # ours, the released code's, the official one
+_ASKED = {"id": (int, str), "image": str, "query": str}  # a row of the file of questions
 _START = 0.001  # Where the official script's denominators begin,
 _EPSILON = {"existence": 0.001}  # and what is added to that of F1, else 0.0001.
 
@@ -150,11 +151,9 @@ def _read(data, prompts, part):
     for needed in (file, truths):
         if not needed.exists():
             raise ValueError(f"{needed} is missing; name the folder data of AMBER's code")
-    annotations = {str(row.get("id")): row for row in read_rows(truths)}
+    annotations = {str(row["id"]): row for row in read_data(truths, {"id": (int, str), "type": str})}
     asked = []
-    for number, row in enumerate(read_rows(file), 1):
-        if missing := [name for name in ("id", "image", "query") if name not in row]:
-            raise ValueError(f"{file}, question {number}, has no {' and no '.join(missing)}; fetch the file again")
+    for row in read_data(file, _ASKED):
         key = str(row["id"])
         if key not in annotations:
             raise ValueError(f"{truths} says nothing of question {key}; fetch the file again")
@@ -167,7 +166,7 @@ def _read(data, prompts, part):
 def _check(annotation, file):
     kind, truth = annotation.get("type"), annotation.get("truth")
     if kind == _GENERATIVE:
-        fits = isinstance(truth, list) and isinstance(annotation.get("hallu"), list)
+        fits = misfit(annotation, {"truth": [str], "hallu": [str]}) is None
     else:
         fits = kind in _GROUPS and truth in ("yes", "no")
     if not fits:

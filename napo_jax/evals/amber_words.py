@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from napo_jax.evals.answers import read_object
+from napo_jax.evals.answers import misfit, read_object, read_text
 from napo_jax.evals.nlp import load_spacy
 
 _TABLE = "similarity.json"
@@ -54,7 +54,9 @@ def read_words(data) -> Words:
     for file in (relation, safe):
         if not file.exists():
             raise ValueError(f"{file} is missing; name the folder data of AMBER's code")
-    return Words(read_object(relation, "fetch it again"), frozenset(safe.read_text().split("\n")))
+    association = read_object(relation, "fetch it again", {...: [str]})
+    harmless = read_text(safe, "fetch it again").replace("\r\n", "\n").split("\n")
+    return Words(association, frozenset(harmless))
 
 
 def read_table(data, vocabulary: Iterable[str]) -> tuple[Alike, str]:
@@ -74,7 +76,7 @@ def read_table(data, vocabulary: Iterable[str]) -> tuple[Alike, str]:
             f"python -c 'from napo_jax.evals.amber_words import write_table as w; w(\"{data}\")'"
         )
     content = read_object(file, "fetch it again")
-    if content.get("above") != _ALIKE or not isinstance(content.get("alike"), dict):
+    if content.get("above") != _ALIKE or misfit(content, {"made_by": str, "alike": {...: [str]}}):
         raise ValueError(f"{file} must say which words are more alike than {_ALIKE}; make it again")
     table = {word: frozenset(others) for word, others in content["alike"].items()}
     if missing := [word for word in vocabulary if word not in table]:

@@ -4,13 +4,17 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
+NUMBER = (int, float)  # of JSON, as a shape
 _SUFFIXES = (".jsonl", ".json")  # what is taken from a folder
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+_WORDS |= {list: "a list", dict: "an object"}
 
 
 class Question(NamedTuple):
@@ -66,20 +70,93 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+def parse_json(text: str | bytes, **options) -> Any:
+    """Parses JSON that others have written: ValueError whatever is wrong with it.
+
+    Args:
+      text: what is parsed.
+      **options: those of `json.loads`.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def misfit(value: Any, shape: Any, place: str = "") -> str | None:
+    """Says what is wrong with a value out of JSON; None if it has a shape.
+
+    Args:
+      value: the value.
+      shape: a type or several; or [the shape of each entry of a list]; or {field: its shape}, other fields may be
+        there too; or {...: the shape of every field}.
+      place: where the value stands.
+
+    >>> misfit({"id": 3, "words": ["tree", None]}, {"id": int, "words": [str]})
+    'has null as words[1], expected a text'
+    >>> misfit({"words": []}, {"id": int, "words": [str]})
+    'has no id'
+    """
+    kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
+    if type(value) not in kinds:
+        told = json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
+        wanted = " or ".join(_WORDS[kind] for kind in kinds if kind is not int or float not in kinds)
+        return f"has {told} as {place}, expected {wanted}" if place else f"is {told}, expected {wanted}"
+    if isinstance(shape, list):
+        parts = ((f"{place}[{i}]", part, shape[0]) for i, part in enumerate(value))
+    elif isinstance(shape, dict):
+        fields = dict.fromkeys(value, shape[...]) if ... in shape else shape
+        if missing := [name for name in fields if name not in value]:
+            return f"has no {', '.join(missing)}{f' in {place}' if place else ''}"
+        parts = ((f"{place}.{name}" if place else name, value[name], part) for name, part in fields.items())
+    else:
+        return None
+    return next((wrong for where, part, of in parts if (wrong := misfit(part, of, where))), None)
+
+
+def read_object(path: str | os.PathLike, remedy: str, shape: Any = dict) -> dict[str, Any]:
     """Reads a file of one JSON object.
 
     Args:
       path: the file, local or gs://.
       remedy: what to do about a damaged file, for the error.
+      shape: what `misfit` is to find in it.
     """
     try:
-        content = json.loads(epath.Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = parse_json(epath.Path(path).read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); {remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object; {remedy}")
+    if wrong := misfit(content, shape):
+        raise ValueError(f"{path} {wrong}; {remedy}")
     return content
+
+
+def read_text(path: str | os.PathLike, remedy: str) -> str:
+    """Reads a text file, whose lines may end in any way; raises with file and line if it is not UTF-8."""
+    content = epath.Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}, is not UTF-8; {remedy}") from None
+
+
+def read_data(path: str | os.PathLike, shape: Any) -> list[dict[str, Any]]:
+    """Reads the rows of a benchmark's own file, of which there is at least one.
+
+    Args:
+      path: as for `read_rows`.
+      shape: of each row, for `misfit`.
+    """
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path} has no rows; fetch it again")
+    for number, row in enumerate(rows, 1):
+        if wrong := misfit(row, shape):
+            raise ValueError(f"{path}, question {number}, {wrong}; fetch it again")
+    return rows
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -90,7 +167,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
         their names.
 
     Raises:
-      ValueError: there is no file, or one is damaged.
+      ValueError: there is no file, or one is damaged, or an object has two values of one name.
     """
     path = epath.Path(path)
     if path.is_dir():
@@ -104,11 +181,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _read(file):
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}, is not UTF-8; write the file again") from None
+    text = read_text(file, "write the file again")
     # An array may go over many lines, and only "\n" ends a line: JSON may hold the other line ends as they are.
     pieces = [(1, text)] if text.lstrip().startswith("[") else enumerate(text.split("\n"), 1)
     rows = []
@@ -116,8 +189,10 @@ def _read(file):
         if not piece.strip():
             continue
         try:
-            value = json.loads(piece)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(piece, object_pairs_hook=_once_each)
+        except _TwiceError as error:
+            raise ValueError(f"{file}, line {first}: {error}; keep one of them") from None
+        except ValueError as error:
             line = first + getattr(error, "lineno", 1) - 1
             why = getattr(error, "msg", error)
             raise ValueError(f"{file}, line {line}, is not JSON ({why}); it may be cut, write it again") from None
@@ -127,6 +202,20 @@ def _read(file):
                 raise ValueError(f"{file}, line {first}, holds a JSON {type(row).__name__}; rows are objects")
         rows += found
     return rows
+
+
+class _TwiceError(ValueError):
+    """Two values have one name."""
+
+
+def _once_each(pairs):
+    """Makes a dict of the names and values of an object; Python's own way takes the last of two in silence."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        values = " and ".join(reprlib.repr(value) for other, value in pairs if other == name)
+        raise _TwiceError(f"an object has {name!r} more than once, {values}")
+    return made
 
 
 def join(
@@ -141,8 +230,11 @@ def join(
       text: the field that holds the answer.
 
     Raises:
-      ValueError: a question has no answer or several, an answer no question, or the `prompt` in its row is another.
+      ValueError: there is no question; or one has no answer or several, an answer no question, or the `prompt` in
+        its row is another.
     """
+    if not questions:
+        raise ValueError("there is no question: the benchmark's file is empty; fetch it again")
     asked = {question.key: question for question in questions}
     if len(asked) < len(questions):
         ((twice, _),) = Counter(question.key for question in questions).most_common(1)

@@ -30,8 +30,11 @@ class Asked:
         return importlib.import_module(package)
 
     def questions(self) -> list[Question]:
-        """Returns all that is asked, in its order."""
-        return self.apply(self.module.questions)
+        """Returns all that is asked, in its order; raises if that is nothing."""
+        asked = self.apply(self.module.questions)
+        if not asked:
+            raise ValueError(f"{self.data} has no question of {self.benchmark}; fetch its files again")
+        return asked
 
     def apply(self, function, *args, **options):
         """Calls a function of the module on the data.

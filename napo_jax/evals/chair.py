@@ -4,12 +4,11 @@ What is in a picture is what COCO's instances and all of its reference captions 
 """
 
 import base64
-import json
 from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
-from napo_jax.evals.answers import Question, choose, join, read_rows
+from napo_jax.evals.answers import Question, choose, join, misfit, read_data, read_object, read_rows
 from napo_jax.evals.chair_words import (
     Vocabulary,
     find_listed_objects,
@@ -31,6 +30,15 @@ VARIANTS = {
     "plain": "every mention counts; words by the endings of plurals",  # needs no data; comparable with itself alone
 }
 
+# What is read of COCO's files.
+_COCO = {
+    "instances": {
+        "images": [{"id": int}],
+        "annotations": [{"image_id": int, "category_id": int}],
+        "categories": [{"id": int, "name": str}],
+    },
+    "captions": {"images": [{"id": int}], "annotations": [{"image_id": int, "caption": str}]},
+}
 _FILES = ("obj_halbench_300_with_image.jsonl", "questions.jsonl")
 _TAGGER = "en_core_web_trf"
 
@@ -133,7 +141,7 @@ def score(
         raise ValueError(f"chair: the replies of a judge go with the variant 'judged' and no other, got {variant!r}")
     asked = questions(data, prompts=prompts)
     captions = _join(asked, rows)
-    vocabulary = read_vocabulary(data)
+    vocabulary = _read_synonyms(data)
     language = language or (plain([*vocabulary.nodes, *vocabulary.pairs]) if variant == "plain" else nltk_language())
     read = lambda text: find_objects(language.lemmas(text.lower()), vocabulary)
     made_by = {"language": language.name, "synonyms": vocabulary.source}
@@ -171,7 +179,7 @@ def read_ground_truth(
             file = epath.Path(data) / f"{kind}_{split}2014.json"
             if not file.exists():
                 continue
-            content = _read_coco(file)
+            content = read_object(file, "fetch COCO's own file", _COCO[kind])
             listed |= {image["id"] for image in content["images"]}
             names = {category["id"]: category["name"] for category in content.get("categories", [])}
             if unknown := sorted(name for name in names.values() if name not in vocabulary.nodes):
@@ -181,8 +189,10 @@ def read_ground_truth(
                     continue
                 if kind == "captions":
                     nodes.update(read(annotation["caption"]))
+                elif (category := annotation["category_id"]) in names:
+                    nodes.add(vocabulary.nodes[names[category]])
                 else:
-                    nodes.add(vocabulary.nodes[names[annotation["category_id"]]])
+                    raise ValueError(f"{file} has no category {category}, which it names; fetch COCO's own file")
         if missing := sorted(found.keys() - listed):
             raise ValueError(
                 f"{len(missing)} pictures (first {missing[0]}) are in no {kind}_train2014.json or {kind}_val2014.json "
@@ -191,14 +201,11 @@ def read_ground_truth(
     return found
 
 
-def _read_coco(file):
+def _read_synonyms(data):
     try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        raise ValueError(f"{file} has no images and annotations; fetch COCO's own file")
-    return content
+        return read_vocabulary(data)
+    except UnicodeDecodeError:
+        raise ValueError(f"the list of synonyms in {data} is not UTF-8; fetch it again") from None
 
 
 def _read_questions(data):
@@ -207,14 +214,14 @@ def _read_questions(data):
         raise ValueError(
             f"{data} must hold one of {' and '.join(_FILES)}, has {len(there)}; the first comes with RLHF-V and RLAIF-V"
         )
-    rows = read_rows(there[0])
+    rows = read_data(there[0], {"image_id": (int, str), "question": str})
     for number, row in enumerate(rows, 1):
+        if "image_path" in row and (wrong := misfit(row, {"image_path": str})):
+            raise ValueError(f"{there[0]}, question {number}, {wrong}; mend it")
         try:
             row["image_id"] = int(row["image_id"])
-        except (KeyError, TypeError, ValueError):
+        except ValueError:
             raise ValueError(f"{there[0]}, question {number}, has no image_id that is a number of COCO's") from None
-        if not isinstance(row.get("question"), str):
-            raise ValueError(f"{there[0]}, question {number}, has no question that is a text")
     return rows
 
 
@@ -227,9 +234,12 @@ def _join(asked, rows):
 
 def _with_key(row, keys):
     """Returns an answer of the released code with its question's key: its question_id begins anew in each shard."""
+    asked = "prompt" if "prompt" in row else "question"
     try:
-        name = (int(row["image_id"]), row["prompt"] if "prompt" in row else row["question"])
-    except (KeyError, TypeError, ValueError):
+        if misfit(row, {"image_id": (int, str), asked: str}):
+            raise ValueError
+        name = (int(row["image_id"]), row[asked])
+    except ValueError:
         raise ValueError(f"an answer must have a key, or image_id and prompt; one has {', '.join(row)}") from None
     text = row["text"] if "text" in row else row.get("answer")
     return {"key": keys.get(name, f"{name[0]}: {name[1]}"), "text": text}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from napo_jax.evals.answers import read_text
 from napo_jax.evals.nlp import Language, is_noun
 
 _FILES = ("synonyms_refine.txt", "synonyms.txt")
@@ -49,14 +50,13 @@ def read_vocabulary(data) -> Vocabulary:
             "the second with the original CHAIR"
         )
     (file,) = there
-    content = file.read_bytes()
     nodes = {}
-    for line in content.decode().splitlines():
+    for line in read_text(file, "fetch it again").splitlines():
         if line.strip():
             entries = [entry.strip() for entry in line.strip().split(", ")]
             nodes |= dict.fromkeys(entries, entries[0])
     pairs = {word: word for word in nodes if " " in word} | _PAIRS
-    return Vocabulary(nodes, pairs, f"{file.name} {hashlib.sha256(content).hexdigest()[:16]}")
+    return Vocabulary(nodes, pairs, f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}")
 
 
 def find_objects(lemmas: Sequence[str], vocabulary: Vocabulary) -> list[str]:
@@ -80,7 +80,7 @@ def parse_list(reply: str) -> list[str]:
     for line in lines:
         try:
             named = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # a reply of ten thousand brackets is no list either
             continue
         if isinstance(named, list) and all(isinstance(name, str) for name in named):
             return named

@@ -1,6 +1,7 @@
 """Two runs of one benchmark beside each other, with intervals by bootstrap over what they were both asked."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 _NEEDED = ("benchmark", "prompts", "variant", "questions")
 _SAME = (*_NEEDED, "judge", "synonyms", "similarity")  # numbers that differ in one of these do not compare
 # These may differ, and then it is said.
-_SETTINGS = ("model", "decoding", "dtype", "template", "image_rule", "language", "tagger")
+_SETTINGS = ("model", "weights", "decoding", "dtype", "template", "image_rule", "language", "tagger")
+# Numbers that are made of others: where they begin, and how much of each is added.
+_MADE_OF = {"gap": (0, {"usual": 1, "changed": -1}), "AMBER": (50, {"CHAIR": -0.5, "f1": 0.5})}
 _RESAMPLES = 2000
 _AT_ONCE = 64  # resamples; bounds the memory
 _PERCENTILES = (2.5, 97.5)
+_MOST = 1e100  # less than any number of a result: sums and products of such are still numbers
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any], *, resamples: int = _RESAMPLES, seed: int = 0) -> dict:
@@ -29,22 +33,63 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], *, resamples: i
       seed: of the drawing.
 
     Returns:
-      A dict for JSON. Of each metric: each run's value with its 95% interval and its numerator and denominator, and
-      the difference, second less first, with its own.
+      A dict for JSON. Of each metric: each run's value with its 95% interval and its numerator and denominator (None
+      of a number that is made of others), and the difference, second less first, with its own.
 
     Raises:
       ValueError: the two do not compare.
     """
-    _check(first, second)
-    metrics = {name: [_read(run, name) for run in (first, second)] for name in first["items"]}
+    runs = (first, second)
+    for run in runs:
+        check(run)
+    _check_alike(first, second)
+    metrics = {name: [_read(run, name) for run in runs] for name in first["items"]}
     totals = _resample(metrics, resamples, seed)
+    numbers = {name: _scaled(name, runs, arrays, totals.pop(name)) for name, arrays in metrics.items()}
+    numbers |= {
+        name: _made(name, runs, numbers)
+        for name, (_, parts) in _MADE_OF.items()
+        if parts.keys() <= numbers.keys() and all(name in run for run in runs)
+    }
     return {
         **{field: first[field] for field in _SAME if field in first},
         "differs": {f: [run.get(f) for run in (first, second)] for f in _SETTINGS if first.get(f) != second.get(f)},
         "resamples": resamples,
         "seed": seed,
-        "metrics": {name: _summary(name, (first, second), metrics[name], totals[name]) for name in metrics},
+        "metrics": {name: _summary(*number) for name, number in numbers.items()},
     }
+
+
+def check(run: Mapping[str, Any], name="a result"):
+    """Raises if a run's result is not one that `compare` can read.
+
+    Args:
+      run: the result.
+      name: of the result, for the error.
+    """
+    again = "score its answers again"
+    if missing := [field for field in (*_NEEDED, "items") if field not in run]:
+        raise ValueError(f"{name} without {', '.join(missing)} cannot be compared; {again}")
+    if not isinstance(run["items"], Mapping) or not run["items"]:
+        raise ValueError(f"{name} has {reprlib.repr(run['items'])} as items, expected those of each number; {again}")
+    for metric, items in run["items"].items():
+        parts = list(items.values()) if isinstance(items, Mapping) else [items]
+        if not parts or not all(map(_are_pairs, parts)) or len(set(map(len, parts))) > 1:
+            raise ValueError(f"{name} has items of {metric} that are no pairs of numbers; {again}")
+    for metric in (*run["items"], *(metric for metric in _MADE_OF if metric in run)):
+        value = run.get(metric, "nothing")
+        if value is not None and not _is_number(value) and value == value:
+            raise ValueError(f"{name} has {reprlib.repr(value)} as {metric}, expected a number; {again}")
+
+
+def _are_pairs(items):
+    """Tells whether items are pairs of numbers, of which there is one."""
+    is_pair = lambda item: isinstance(item, list | tuple) and len(item) == 2 and all(map(_is_number, item))
+    return isinstance(items, list | tuple) and len(items) > 0 and all(map(is_pair, items))
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST < value < _MOST
 
 
 def as_text(comparison: Mapping[str, Any], names=("A", "B")) -> str:
@@ -61,7 +106,8 @@ def as_text(comparison: Mapping[str, Any], names=("A", "B")) -> str:
     rows = [("", "A", "B", "B - A", "of A", "of B")]
     for name, metric in comparison["metrics"].items():
         cells = [_cell(metric[run], ".2f") for run in ("first", "second")]
-        counts = ["{:g}/{:g}".format(*metric[run]["counts"]) for run in ("first", "second")]
+        counts = [metric[run]["counts"] for run in ("first", "second")]
+        counts = ["" if pair is None else "{:g}/{:g}".format(*pair) for pair in counts]
         rows.append((name, *cells, _cell(metric["difference"], "+.2f"), *counts))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -77,10 +123,7 @@ def _cell(number, form):
     return f"{number['value']:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def _check(first, second):
-    for run in (first, second):
-        if missing := [field for field in (*_NEEDED, "items") if field not in run]:
-            raise ValueError(f"a result without {', '.join(missing)} cannot be compared; score its answers again")
+def _check_alike(first, second):
     for field in _SAME:
         if first.get(field) != second.get(field):
             raise ValueError(
@@ -120,14 +163,30 @@ def _resample(metrics, resamples, seed):
     return totals
 
 
-def _summary(name, runs, items, totals):
+def _scaled(name, runs, items, totals):
+    """Returns a metric's values, its resamples and its counts, each of both runs."""
     sums = [array.sum(1) for array in items]
     scale = _scale(name, runs, sums)
     values = [scale * float(_ratio(total)) for total in sums]
-    drawn = [scale * _ratio(total) for total in totals]
+    return values, [scale * _ratio(total) for total in totals], [total.sum(0).tolist() for total in sums]
+
+
+def _made(name, runs, numbers):
+    """Returns the same of a number that is made of others, resample by resample."""
+    start, parts = _MADE_OF[name]
+    sums = lambda kind, run: start + sum(weight * numbers[part][kind][run] for part, weight in parts.items())
+    values = [sums(0, run) for run in range(2)]
+    for run, value in zip(runs, values, strict=True):
+        said = math.nan if run[name] is None else run[name]
+        if math.isnan(said) != math.isnan(value) or (said == said and not math.isclose(said, value, abs_tol=1e-6)):
+            raise ValueError(f"{name} is {said}, but what it is made of gives {value:g}; score the answers again")
+    return values, [sums(1, run) for run in range(2)], [None, None]
+
+
+def _summary(values, drawn, counts):
     summary = {
-        which: {**_number(value, resampled), "counts": total.sum(0).tolist()}
-        for which, value, resampled, total in zip(("first", "second"), values, drawn, sums, strict=True)
+        which: {**_number(value, resampled), "counts": pair}
+        for which, value, resampled, pair in zip(("first", "second"), values, drawn, counts, strict=True)
     }
     return summary | {"difference": _number(values[1] - values[0], drawn[1] - drawn[0])}
 

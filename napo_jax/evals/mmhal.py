@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from napo_jax.evals.answers import Question, choose, join, read_rows
+from napo_jax.evals.answers import Question, choose, join, read_data, read_rows
 from napo_jax.evals.judge import Judge, match_replies, read_template, record_replies
 
 NAME = "mmhal"
@@ -26,7 +26,8 @@ VARIANTS = {"released": Variant(2), "rlaifv": Variant(3)}
 SLOTS = ("image_content", "question", "gt_answer", "model_answer")  # of the judge's prompt, in this order
 
 _FILES = ("response_template.json", "mmhal-bench_answer_template.json")
-_FIELDS = ("image_id", "image_src", "question_type", "question", "gt_answer")  # texts, all of them
+_ROW = dict.fromkeys(("image_id", "image_src", "question_type", "question", "gt_answer"), str)
+_ROW |= {"image_content": [str]}
 _RATINGS = range(7)
 _CLEAN = 3  # the least rating of an answer without a hallucination
 
@@ -140,13 +141,7 @@ def _read_questions(data):
             f"{data} must hold one of {' and '.join(_FILES)}, has {len(there)}; the first is in the data set of "
             "MMHal-Bench, the second comes with RLHF-V's scorer"
         )
-    rows = read_rows(there[0])
-    for number, row in enumerate(rows, 1):
-        wrong = [name for name in _FIELDS if not isinstance(row.get(name), str)]
-        if wrong or not isinstance(row.get("image_content"), list):
-            wrong = ", ".join(wrong or ["image_content"])
-            raise ValueError(f"{there[0]}, question {number}, has no {wrong} as MMHal-Bench has it; fetch it again")
-    return rows
+    return read_data(there[0], _ROW)
 
 
 def _join(asked, rows):
@@ -155,8 +150,8 @@ def _join(asked, rows):
     found = []
     for row in rows:
         if "key" not in row and "model_answer" in row:
-            name = (row.get("image_id"), row.get("question"))
-            row = {"key": keys.get(name, f"{name[0]}: {name[1]}"), "text": row["model_answer"]}
+            name = (str(row.get("image_id")), str(row.get("question")))
+            row = {"key": keys.get(name, ": ".join(name)), "text": row["model_answer"]}
         elif "key" not in row:
             row = {**row, "key": row.get("question_id")}
         found.append(row)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from etils import epath
 
-from napo_jax.evals.answers import Question, choose, join, read_rows
+from napo_jax.evals.answers import Question, choose, join, read_data
 
 NAME = "pope"
 
@@ -25,6 +25,8 @@ VARIANTS = {
 _METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 _CELLS = ("TP", "FP", "TN", "FN")  # the positive is yes
 _LLAVA = "llava_pope_test.jsonl"  # LLaVA's question file: ids that are unique over the splits
+_ROW = {"question_id": (int, str), "image": str, "text": str, "label": str}
+_LLAVA_ROW = {"question_id": (int, str), "image": str, "text": str, "category": str}
 
 
 def questions(data, *, prompts="llava", splits=SPLITS) -> list[Question]:
@@ -37,6 +39,8 @@ def questions(data, *, prompts="llava", splits=SPLITS) -> list[Question]:
       splits: those that are asked.
     """
     prompt = choose(PROMPTS, prompts, "prompts")
+    if not splits:
+        raise ValueError(f"splits must be at least one of {', '.join(SPLITS)}, got none")
     return [
         Question(
             f"{split}/{row['question_id']}",
@@ -113,12 +117,10 @@ def _read_split(data, split):
         raise ValueError(
             f"{folder} has several files for {split}: {', '.join(map(str, found))}; name the folder of one"
         )
-    rows = read_rows(found[0])
+    rows = read_data(found[0], _ROW)
     for number, row in enumerate(rows, 1):
-        if missing := [field for field in ("question_id", "image", "text", "label") if field not in row]:
-            raise ValueError(f"{found[0]}, row {number}, has no {', '.join(missing)}; fetch the file again")
         if row["label"] not in ("yes", "no"):
-            raise ValueError(f"{found[0]}, row {number}, has the label {row['label']!r}; expected yes or no")
+            raise ValueError(f"{found[0]}, question {number}, has the label {row['label']!r}; expected yes or no")
     return rows
 
 
@@ -157,8 +159,8 @@ def _llava_keys(data, asked):
             )
         return {str(question.row["question_id"]): question.key for question in asked}
     named = {}
-    for row in read_rows(file):
-        named.setdefault(row.get("category"), []).append(row)
+    for row in read_data(file, _LLAVA_ROW):
+        named.setdefault(row["category"], []).append(row)
     keys = {}
     for split, questions in splits.items():
         rows = named.get(split, [])
@@ -168,9 +170,9 @@ def _llava_keys(data, asked):
                 f"{file} has {len(rows)} questions of {split}, POPE's file {len(questions)}; fetch both of one time"
             )
         for row, question in zip(rows, questions, strict=True):
-            if row.get("image") != question.image or not row.get("text", "").startswith(question.row["question"]):
-                raise ValueError(f"{file}: question {row.get('question_id')} is not {question.key} of POPE's file")
-            keys[str(row.get("question_id"))] = question.key
+            if row["image"] != question.image or not row["text"].startswith(question.row["question"]):
+                raise ValueError(f"{file}: question {row['question_id']} is not {question.key} of POPE's file")
+            keys[str(row["question_id"])] = question.key
     return keys
 
 

@@ -59,7 +59,6 @@ PROMPTS = {
     ),
 }
 
-_NOUNS = ("existent_noun", "non-existent_noun")
 _FIELDS = ("a1_image", "a2_image", "b1", "b2", "c1_image", "c2_image")  # of the benchmark's own files of answers
 
 

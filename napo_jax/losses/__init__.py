@@ -10,17 +10,21 @@ float32 loss per example, unreduced, and a dict of detached quantities worth log
 """
 
 from napo_jax.losses.cells import anchor_loss, sft_loss, single_sigmoid_loss, softmax_preference_loss
+from napo_jax.losses.kto import kto_pair_loss
 from napo_jax.losses.napo import napo_loss
 from napo_jax.losses.pairs import dpo_loss, hinge_loss, ipo_loss, robust_dpo_loss, simpo_loss
 from napo_jax.losses.references import mixed_reference_logps
 from napo_jax.losses.statistics import batch_mean, noise_coefficient, term_weights
+from napo_jax.losses.token_kl import chip_released_loss, token_kl_loss
 
 __all__ = [
     "anchor_loss",
     "batch_mean",
+    "chip_released_loss",
     "dpo_loss",
     "hinge_loss",
     "ipo_loss",
+    "kto_pair_loss",
     "mixed_reference_logps",
     "napo_loss",
     "noise_coefficient",
@@ -30,4 +34,5 @@ __all__ = [
     "single_sigmoid_loss",
     "softmax_preference_loss",
     "term_weights",
+    "token_kl_loss",
 ]

@@ -112,13 +112,11 @@ def single_sigmoid_loss(
     offset=None,
     where=None,
 ):
-    """Computes one sigmoid over a weighted sum of cells (CHiP's released form, POVID's paper form).
+    """Computes one sigmoid over a weighted sum of cells (POVID's paper form; `chip_released_loss`).
 
         loss = -log sigmoid(beta (a h_chosen - sum_k b_k h_rejected_k + offset))
 
-    CHiP (arXiv 2501.16629, as released) adds the response and the image preference in one sigmoid: the rejected cells
-    are `rejected` and `chosen@diffusion`, a = 2, b = (1, 1), and the offset is its token-level KL term. POVID
-    (arXiv 2402.11411) has a and b free, over the edited answer and the noisy image's answer.
+    POVID (arXiv 2402.11411) has a and b free, over the edited answer and the noisy image's answer.
 
     Args:
       policy_chosen_logps: float[B] (or any shape), summed log-probs of the chosen cell.

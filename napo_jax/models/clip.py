@@ -46,11 +46,12 @@ class LayerNorm(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """A pre-norm transformer layer with full attention and the quick GELU."""
+    """A pre-norm transformer layer with the quick GELU; every token sees all others, or those before it alone."""
 
     config: ClipConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -60,6 +61,9 @@ class ClipLayer(nn.Module):
         h = LayerNorm(config.norm_eps, **types, name="attention_norm")(x)
         q, k, v = (split(nn.Dense(config.width, **types, name=name)(h)) for name in ("query", "key", "value"))
         scores = jnp.einsum("bqhk,bshk->bhqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        if self.causal:
+            places = jnp.arange(x.shape[1])
+            scores = jnp.where(places[None, None, :, None] >= places[None, None, None], scores, -jnp.inf)
         p = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         h = jnp.einsum("bhqs,bshk->bqhk", p, v).reshape(x.shape)
         x = x + nn.Dense(config.width, **types, name="out")(h)

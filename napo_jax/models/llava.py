@@ -15,6 +15,7 @@ from napo_jax.models.layout import Layout
 from napo_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
 from napo_jax.models.lora import LoraConfig, is_adapter
 from napo_jax.models.mixing import Prompts, WholeGroups
+from napo_jax.objective import DetailedLogps
 from napo_jax.sharding import keep_rows
 
 # Stands in token ids for one image token each; a picture takes `ClipConfig.image_tokens` of them.
@@ -78,6 +79,7 @@ class Groups(NamedTuple):
     answer_ids: jax.Array  # int32[B, C, T], ending in </s>
     answer_lengths: jax.Array  # int32[B, C], 0 for an answer that is not there
     token_weights: jax.Array | None = None  # float32[B, C, T], a factor on each token's log-prob
+    edited: jax.Array | None = None  # bool[B, C, T], tokens that are also summed on their own
 
 
 class _Projector(nn.Module):
@@ -103,11 +105,11 @@ class _Network(nn.Module):
         self.projector = _Projector(config.text.width, **types)
         self.language = Llama(config.text, config.lora, config.remat, **types)
 
-    def __call__(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, cell_image):
+    def __call__(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, cell_image, gates=None):
         """Returns hidden states float[B, M, P, D] and float[B, C, T, D]."""
         layout = Layout(prefix_ids.shape[2], answer_ids.shape[2], prefix_ids.shape[1], cell_image)
         self._check_positions(layout.prefix_tokens + layout.answer_tokens)
-        prefix = self._embed_prefixes(images, prefix_ids, prefix_lengths)
+        prefix = self._embed_prefixes(images, prefix_ids, prefix_lengths, gates)
         embeddings = layout.join(prefix, self.language.embed(answer_ids))
         mix = WholeGroups(prefix_lengths, answer_lengths, None, layout, self.config.attention)
         with jax.named_scope("language"):
@@ -150,10 +152,13 @@ class _Network(nn.Module):
         if tokens > self.config.text.max_positions:
             raise ValueError(f"{tokens} tokens exceed the model's {self.config.text.max_positions} positions")
 
-    def _embed_prefixes(self, images, ids, lengths):
+    def _embed_prefixes(self, images, ids, lengths, gates=None):
         """Returns the embeddings of prefixes, float[B, M, P, D], image tokens in their slots."""
         slots = ids == IMAGE_SLOT
         features, whole = self._features(images, slots, lengths)
+        if gates is not None:
+            mean = jnp.mean(features, axis=2, keepdims=True)
+            features = mean + gates[..., None].astype(features.dtype) * (features - mean)
         words = self.language.embed(jnp.where(slots, 0, ids))
         which = jnp.clip(jnp.cumsum(slots, axis=-1) - 1, 0, features.shape[2] - 1)  # image token that fills a slot
         pictures = jnp.take_along_axis(features, which[..., None], axis=2)
@@ -221,7 +226,7 @@ class Llava:
         head = params["language"]["head"].astype(prefix.dtype)
         return jnp.einsum("bsd,dv->bsv", prefix[:, 0], head, preferred_element_type=jnp.float32)
 
-    def logps(self, params, groups, cell_image, packing=None, dropout=None):
+    def logps(self, params, groups, cell_image, packing=None, dropout=None, reference=None):
         """Scores all answers of each group, computing each image and question once.
 
         Args:
@@ -231,16 +236,32 @@ class Llava:
           packing: a `Packing`, to compute no more tokens of a group than it has places; or None, to compute padding
             like any token. The results are the same; those of a group with more tokens than places are NaN.
           dropout: a key for the dropout of adapters, in training; None drops nothing.
+          reference: a pair of a `Llava` and its parameters, to tell the divergence from; None tells none.
 
         Returns:
-          Logps(sum, mean), float32[B, C] each, over the answers' tokens and with their weights if there are any.
+          Logps(sum, mean), float32[B, C] each, over the answers' tokens and with their weights if there are any. With
+          edited tokens, or with a reference, DetailedLogps: the same of the edited ones, and the sum of
+          KL(reference || policy).
         """
-        values = self.token_logps(params, groups, cell_image, packing, dropout)
-        return log_probs.over_answers(values, groups.answer_lengths, groups.token_weights)
+        hidden = self.predictors(params, groups, cell_image, packing, dropout)
+        values = self._token_logps(params, hidden, groups, cell_image, packing)
+        lengths = groups.answer_lengths
+        logps = log_probs.over_answers(values, lengths, groups.token_weights)
+        edited = kl = None
+        if groups.edited is not None:
+            edited = log_probs.over_edits(values, lengths, groups.edited)
+        if reference is not None:
+            values = self._token_kl(params, hidden, reference, groups, cell_image, packing)
+            kl = log_probs.over_answers(values, lengths).sum
+        return logps if edited is None and kl is None else DetailedLogps(*logps, edited, kl)
 
-    def token_logps(self, params, groups, cell_image, packing=None, dropout=None):
-        """Computes the log-prob of every answer token, float32[B, C, T]; see `logps`."""
-        hidden, head = self.predictors(params, groups, cell_image, packing, dropout), params["language"]["head"]
+    def token_logps(self, params, groups, cell_image, packing=None, dropout=None, gates=None):
+        """Computes the log-prob of every answer token, float32[B, C, T]; see `logps` and `predictors`."""
+        hidden = self.predictors(params, groups, cell_image, packing, dropout, gates)
+        return self._token_logps(params, hidden, groups, cell_image, packing)
+
+    def _token_logps(self, params, hidden, groups, cell_image, packing):
+        head = params["language"]["head"]
         order = self._order(groups, cell_image, packing)
         targets = groups.answer_ids if order is None else order.pack_answers(groups.answer_ids)[:, None]
         with jax.named_scope("logps"):
@@ -281,24 +302,34 @@ class Llava:
     def token_kl(self, params, reference_params, groups, cell_image, packing=None):
         """Computes KL(reference || policy) over the vocabulary at every answer token, float32[B, C, T]."""
         hidden = self.predictors(params, groups, cell_image, packing)
-        reference = jax.lax.stop_gradient(self.predictors(reference_params, groups, cell_image, packing))
-        heads = params["language"]["head"], jax.lax.stop_gradient(reference_params["language"]["head"])
-        values = log_probs.token_kl(hidden, heads[0], reference, heads[1], chunk=self._chunk(hidden, groups))
-        order = self._order(groups, cell_image, packing)
-        return values if order is None else order.unpack_answers(values[:, 0])
+        return self._token_kl(params, hidden, (self, reference_params), groups, cell_image, packing)
 
-    def predictors(self, params, groups, cell_image, packing=None, dropout=None):
+    def _token_kl(self, params, hidden, reference, groups, cell_image, packing):
+        model, constant = reference[0], jax.lax.stop_gradient(reference[1])
+        theirs = jax.lax.stop_gradient(model.predictors(constant, groups, cell_image, packing))
+        heads = params["language"]["head"], constant["language"]["head"]
+        order = self._order(groups, cell_image, packing)
+        with jax.named_scope("token_kl"):
+            values = log_probs.token_kl(hidden, heads[0], theirs, heads[1], chunk=self._chunk(hidden, groups))
+            return values if order is None else order.unpack_answers(values[:, 0])
+
+    def predictors(self, params, groups, cell_image, packing=None, dropout=None, gates=None):
         """Computes the hidden states that predict the answer tokens, float[B, C, T, D].
 
         The first token of an answer is predicted by the last token of its prefix, the others by the token before. With
         a packing the answers lie one behind another, as one answer: float[B, 1, A, D]; see `TokenOrder.unpack_answers`.
+
+        Gates, float32[B, M, N], let each image token through: 1 as it is, 0 as the mean of its picture's tokens. They
+        are there to be differentiated by, and take no packing.
         """
         check_groups(groups, cell_image, self.config)
         if packing is not None:
+            if gates is not None:
+                raise ValueError("gates need the whole groups, and not a packing")
             order = self._order(groups, cell_image, packing)
             hidden = self._apply(params, *groups[:5], order, method="packed", dropout=dropout)
             return keep_rows(order.predictors(hidden))[:, None]
-        prefix, answer = self._apply(params, *groups[:5], cell_image, dropout=dropout)
+        prefix, answer = self._apply(params, *groups[:5], cell_image, gates, dropout=dropout)
         last = jnp.take_along_axis(prefix, groups.prefix_lengths[:, :, None, None] - 1, axis=2)
         last = last[:, np.array(cell_image, np.int32)]
         return keep_rows(jnp.concatenate([last, answer[:, :, :-1]], axis=2))
@@ -346,6 +377,8 @@ def check_groups(groups, cell_image, config):
     }
     if groups.token_weights is not None:
         expected["token_weights"] = (groups.answer_ids.shape, groups.token_weights.shape)
+    if groups.edited is not None:
+        expected["edited"] = (groups.answer_ids.shape, groups.edited.shape)
     for name, (want, got) in expected.items():
         if want != got:
             raise ValueError(

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from napo_jax.losses import sft_loss
-from napo_jax.objective import Objective, Term, napo
+from napo_jax.methods import napo
+from napo_jax.objective import Objective, Term
 from napo_jax.optim import OptimizerConfig
 
 BASE = Path(__file__).parent / "base"  # the base model and the pairs with its biased answers, as they are shipped
-BETA = 0.5  # how far NaPO lets the model go; answers of five words tell less than those that 0.1 is the custom for
+BETA = 1.0  # how far NaPO lets the model go; answers of five words tell less than those that 0.1 is the custom for
 PAIRS, PAIRS_COUNT, PAIRS_SEED = "pairs.parquet", 4000, 1
 
 
@@ -40,6 +41,6 @@ def cure() -> Config:
         optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup=0.1, weight_decay=0.01),
         train=TrainConfig(steps=120, log_every=5, evaluate_every=30, checkpoint_every=120),
         # Equal weights. Dynamic ones follow the margins, and descriptions are so easily told from short answers here
-        # that their pair would take most of it, and the preference, which keeps what was right, next to none.
+        # that their pair would take three quarters of it, and the preference, which keeps what was right, a sixth.
         objective=napo(beta=BETA, weight=1.0),
     )

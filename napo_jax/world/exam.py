@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from napo_jax.evals.answers import Question, choose, join, read_rows
+from napo_jax.evals.answers import Question, choose, join, read_data
 
 NAME = "world"
 PROMPTS = {"plain": "{text}"}
@@ -10,6 +10,7 @@ PROMPTS = {"plain": "{text}"}
 VARIANTS = ("first_sentence",)
 
 _GROUPS = ("usual", "changed")
+_ROW = dict.fromkeys(("key", "text", "group", "true", "habit"), str) | {"image": (str, type(None))}
 
 
 def questions(data, *, prompts="plain") -> list[Question]:
@@ -23,7 +24,12 @@ def questions(data, *, prompts="plain") -> list[Question]:
     file = Path(data) / "world.jsonl"
     if not file.exists():
         raise ValueError(f"{file} is missing; python -m napo_jax.demo writes it")
-    return [Question(row["key"], row["text"], row["image"], row | {"prompt": row["text"]}) for row in read_rows(file)]
+    rows = read_data(file, _ROW)
+    groups = {row["group"] for row in rows}
+    if groups != set(_GROUPS):
+        found = ", ".join(sorted(groups))
+        raise ValueError(f"{file} has the groups {found}, expected {' and '.join(_GROUPS)}; write it again")
+    return [Question(row["key"], row["text"], row["image"], row | {"prompt": row["text"]}) for row in rows]
 
 
 def score(data, rows, *, prompts="plain", variant="first_sentence") -> dict:

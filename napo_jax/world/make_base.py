@@ -28,7 +28,7 @@ from napo_jax.train import train
 from napo_jax.world.configs import PAIRS, PAIRS_COUNT, PAIRS_SEED, cure, lessons
 from napo_jax.world.examine import EXAMS, Examiner, in_short, write_exams
 from napo_jax.world.language import vocabulary
-from napo_jax.world.records import draw_lesson, draw_pair, picture_seed, write_lessons, write_pairs
+from napo_jax.world.records import Bias, draw_lesson, draw_pair, picture_seed, write_lessons, write_pairs
 from napo_jax.world.scenes import SIZE, render
 
 LESSONS, LESSONS_SEED = 60_000, 0
@@ -44,12 +44,19 @@ class Options:
     output: str
     # Where lessons, training and exams are kept meanwhile; by default OUTPUT.work.
     work: str | None = None
+    # How strongly the model is to be biased: how often its teacher says what is usual where it is not so, and how often
+    # he goes on to describe everything.
+    bias: Bias = dataclasses.field(default_factory=Bias)
 
 
-def recipe() -> dict:
-    """Returns all that makes the shipped files what they are, for JSON; the first rows stand for how rows are made."""
+def recipe(bias: Bias | None = None) -> dict:
+    """Returns all that makes the files what they are, for JSON; the first rows stand for how rows are made.
+
+    Args:
+      bias: the teacher's; by default that of what is shipped.
+    """
     config, built = lessons(), build_options("", "")
-    drawn = [draw_lesson(LESSONS_SEED, number) for number in range(_TEXTS)]
+    drawn = [draw_lesson(LESSONS_SEED, number, bias) for number in range(_TEXTS)]
     parts = {
         "config": dataclasses.replace(config, data=dataclasses.replace(config.data, path=None)),
         "shape": find_model(config.model).shape,
@@ -76,6 +83,10 @@ def differences(made, now, name="") -> list[str]:
     """
     if isinstance(made, dict) and isinstance(now, dict):
         return [found for key in made for found in differences(made[key], now.get(key), f"{name}.{key}".lstrip("."))]
+    rows = all(isinstance(each, list) and each and isinstance(each[0], dict) for each in (made, now))
+    if rows and len(made) == len(now):
+        pairs = enumerate(zip(made, now, strict=True))
+        return [found for number, pair in pairs for found in differences(*pair, f"{name}.{number}")]
     if name == "pictures":
         bytes_of = lambda looks: np.frombuffer(bytes.fromhex("".join(looks)), np.uint8).astype(int)
         return [] if len(made) == len(now) and np.abs(bytes_of(made) - bytes_of(now)).max() <= 3 else [name]
@@ -109,7 +120,7 @@ def make(options: Options, console=None):
     output, console = Path(options.output), console or Console()
     if output.exists():
         raise ValueError(f"{output} is there; name another folder")
-    work, made = Path(options.work or f"{output}.work"), recipe()
+    work, made = Path(options.work or f"{output}.work"), recipe(options.bias)
     work.mkdir(parents=True, exist_ok=True)
     begun = work / "recipe.json"
     if begun.exists() and json.loads(begun.read_text()) != made:
@@ -119,7 +130,7 @@ def make(options: Options, console=None):
     rows = work / "lessons.parquet"
     if not rows.exists():
         console.note(f"draws {LESSONS} lessons")
-        write_lessons(rows, LESSONS, seed=LESSONS_SEED)
+        write_lessons(rows, LESSONS, seed=LESSONS_SEED, bias=options.bias)
     config = lessons()
     data = dataclasses.replace(config.data, path=(str(rows),), cache=str(work / "cache"))
     train(dataclasses.replace(config, data=data), work / "run", console)

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from napo_jax.bias.masks import GENERIC
-from napo_jax.world.questions import LOOK, SHORT, Asked, ask, describe
-from napo_jax.world.scenes import Scene, draw_scene, encode, render
+from napo_jax.data.regions import Region
+from napo_jax.world.questions import LOOK, SHORT, Asked, ask, describe, name
+from napo_jax.world.scenes import GRID, Scene, draw_scene, encode, render
 
 # How often each kind of question is asked in lessons, and in pairs: those are collected where the model is wrong.
 _LESSONS = {
@@ -64,6 +65,12 @@ class Bias:
 
     habit: float = 0.8  # the probability of what is usual in place of what is there, where they differ
     flood: float = 0.7  # the probability that an answer to a question that makes him talk goes on to describe all of it
+
+    def __post_init__(self):
+        """Checks the probabilities."""
+        for field, value in dataclasses.asdict(self).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"bias.{field} is a probability, from 0 to 1, got {value}")
 
 
 def draw_question(random: np.random.Generator, shares, **options) -> tuple[Scene, Asked]:
@@ -128,9 +135,33 @@ def write_lessons(path, count, *, seed=0, bias: Bias | None = None):
     _write(path, count, seed, lambda number: draw_lesson(seed, number, bias))
 
 
-def write_pairs(path, count, *, seed=1, usual: float = _PAIR_USUAL):
-    """Writes so many preferences to a parquet file."""
-    _write(path, count, seed, lambda number: draw_pair(seed, number, usual=usual))
+def write_pairs(path, count, *, seed=1, usual: float = _PAIR_USUAL, pictures: bool = False):
+    """Writes so many preferences to a parquet file.
+
+    Args:
+      path: of the file.
+      count: how many.
+      seed: of all of them.
+      usual: the probability of each habit to be followed.
+      pictures: whether rows have the columns `region` and `rejected_image` too, as the world knows them.
+    """
+    _write(path, count, seed, lambda number: draw_pair(seed, number, usual=usual), _pictures if pictures else None)
+
+
+def true_mask(scene: Scene, asked: Asked) -> np.ndarray:
+    """Returns where the things are that a question or its true answer names, bool[GRID, GRID]."""
+    said = set(f"{asked.text} {asked.true}".lower().replace(".", " ").replace("?", " ").replace(",", " ").split())
+    mask = np.zeros((GRID, GRID), bool)
+    for group in scene.groups:
+        if said & {name(group.shape), name(group.shape, 2)}:
+            mask[tuple(np.transpose(group.cells))] = True
+    return mask
+
+
+def _pictures(scene, asked, seed):
+    """Returns the region of what a question is about, and the picture without its first group."""
+    region = Region.of(true_mask(scene, asked), "pad")
+    return {"region": region.column, "rejected_image": encode(render(Scene(scene.groups[1:]), seed))}
 
 
 def picture_seed(seed, number) -> int:
@@ -142,11 +173,12 @@ def _random(seed, number):
     return np.random.default_rng([seed, number])
 
 
-def _write(path, count, seed, draw):
+def _write(path, count, seed, draw, extras=None):
     def row(number):
         scene, asked, answers = draw(number)
         picture = encode(render(scene, picture_seed(seed, number)))
-        return {"image": picture, "question": asked.text, **answers, "idx": number, "kind": asked.kind}
+        more = extras(scene, asked, picture_seed(seed, number)) if extras else {}
+        return {"image": picture, "question": asked.text, **answers, "idx": number, "kind": asked.kind} | more
 
     schema = pa.Table.from_pylist([row(0)]).schema
     aside = f"{os.fspath(path)}.tmp"

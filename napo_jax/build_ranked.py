@@ -1,0 +1,249 @@
+"""Makes pairs of drawn answers: `python -m napo_jax.build_ranked --config FILE --clip CLIP --input FILES --output DIR`.
+
+Of the answers that `build_difficulty` drew for each row, CLIP tells which fits the picture best and which least: the
+columns `fits` and `fits_least` (CLIP-DPO). A row whose two are too much alike has none; `ranked_fault` says why, and it
+is counted. The same command, given again, goes on where it was; it takes one process.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from napo_jax.bias.inputs import open_inputs, read_rows, write_output
+from napo_jax.command import exit_with_one_line
+from napo_jax.config import Config, parse
+from napo_jax.data.images import decode, fit
+from napo_jax.data.sources import DataError, read_columns
+from napo_jax.journal import exit_when_stopped, raise_if_asked
+from napo_jax.metrics import Console
+from napo_jax.model_source import absolute
+from napo_jax.models.clip_pair import load_clip
+from napo_jax.pieces import read_manifest, write_durably, write_manifest
+from napo_jax.preemption import StopSignal
+from napo_jax.row_pieces import RowPieces
+
+BOOKS, SUMMARY = "ranking", "ranking/report.json"
+_FIELDS = [
+    pa.field("fits", pa.string()),
+    pa.field("fits_least", pa.string()),
+    pa.field("clip_scores", pa.list_(pa.float32())),
+    pa.field("ranked_fault", pa.string()),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command's own options."""
+
+    # Parquet files with answers to each row, as `build_difficulty` writes them: paths, folders or globs, local or gs://.
+    input: tuple[str, ...] = ()
+    # The folder for the scores and the files with the pairs beside their rows. Local or gs://.
+    output: str | None = None
+    # A folder of a whole CLIP checkpoint, such as openai/clip-vit-large-patch14-336.
+    clip: str | None = None
+    # The column of the answers, a list of texts.
+    answers: str = "drawn"
+    # Whether CLIP reads the question before each answer, for answers that say little alone.
+    with_question: bool = False
+    # How much better the best must fit than the other one: of 100 times the cosine. CLIP-DPO has 2.
+    gap: float = 2.0
+    # How many times as many words the longer of the two may have. CLIP-DPO asks for similar lengths, with no number.
+    longer: float = 1.5
+    # The least that the best must fit. CLIP-DPO drops pictures that nothing fits, and does not say where it cuts.
+    least: float = 0.0
+    # Say what would be done, and do nothing.
+    dry_run: bool = False
+    # Rows that are computed at a time.
+    batch: int = 16
+    # Rows that are written at a time: as many may be lost when the process is killed.
+    piece: int = 256
+
+    def __post_init__(self):
+        """Checks the numbers."""
+        for name in ("batch", "piece"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.gap < 0 or self.longer < 1:
+            raise ValueError(f"gap must not be negative and longer at least 1, got {self.gap} and {self.longer}")
+
+
+class Scored(NamedTuple):
+    """How well the answers to a row fit its picture."""
+
+    scores: list[float] | None  # of each answer
+    fault: str | None  # why there are none
+
+
+class _Asked(NamedTuple):
+    """A row that can be scored."""
+
+    picture: np.ndarray  # uint8[I, I, 3]
+    texts: list[str]
+
+
+def choose(texts, scores, options) -> tuple[str | None, str | None, str | None]:
+    """Returns the answer that fits best, the one that fits least, and why there is no such pair.
+
+    Answers of another length than the best are passed over.
+
+    Args:
+      texts: the answers.
+      scores: float[N], how well each fits.
+      options: `Options`.
+    """
+    best = int(np.argmax(scores))
+    if scores[best] < options.least:
+        return None, None, "fits_badly"
+    words = [max(len(text.split()), 1) for text in texts]
+    others = [number for number, text in enumerate(texts) if text != texts[best]]
+    if not others:
+        return None, None, "all_the_same"
+    length = words[best]
+    alike = [n for n in others if max(words[n], length) <= options.longer * min(words[n], length)]
+    if not alike:
+        return None, None, "other_lengths"
+    worst = min(alike, key=lambda number: scores[number])
+    if scores[best] - scores[worst] < options.gap:
+        return None, None, "small_gap"
+    return texts[best], texts[worst], None
+
+
+class Job:
+    """Some files whose answers are ranked."""
+
+    def __init__(self, config: Config, options: Options):
+        """Looks at the files and what was done so far; raises one line if something cannot be used."""
+        if not options.input or options.output is None or options.clip is None:
+            raise ValueError(
+                "say what to read and where to write: --clip CLIP --input drawn/*.parquet --output ranked/"
+            )
+        self.options, self.data, self.folder = options, config.data, absolute(options.output)
+        columns = dict(config.data.columns) | {"answers": options.answers}
+        self.inputs = open_inputs(
+            options.input, [field.name for field in _FIELDS], columns, self.folder, suffixes=("",)
+        )
+        for file in self.inputs:
+            if options.answers not in read_columns(file.path):
+                raise DataError(f"{file.path} has no column {options.answers} of drawn answers; see build_difficulty")
+        self.clip = load_clip(options.clip)
+        self.root = config.data.image_root and str(absolute(config.data.image_root))
+        self.books = self.folder / BOOKS
+        self.settings = {
+            "clip": str(absolute(options.clip)),
+            "answers": options.answers,
+            "with_question": options.with_question,
+            "piece": options.piece,
+            "columns": config.data.columns,
+            "image_root": self.root,
+            "exif": config.data.exif,
+            "inputs": {file.path.name: file.bytes for file in self.inputs},
+        }
+        self.manifest = read_manifest(self.books, self.settings)
+        self.pieces = RowPieces(self.books, [file.rows for file in self.inputs], options.piece, Scored)
+        self.written = {name: getattr(options, name) for name in ("gap", "longer", "least")}
+
+    def score(self, console, check):
+        """Scores the rows that lack it."""
+        if not self.manifest:
+            write_manifest(self.books, self.settings)
+        missing = self.pieces.missing()
+        done, total = 0, sum(len(rows) for _, rows in missing)
+        look = {"image_root": self.root, "exif": self.data.exif, "threads": self.data.threads}
+        for number, rows in missing:
+            found, waiting = {}, []
+            for row, asked in read_rows(self.inputs[number], set(rows), self._ask, **look):
+                if isinstance(asked, Scored):
+                    found[row] = asked
+                else:
+                    waiting.append((row, asked))
+                check()
+            for start in range(0, len(waiting), self.options.batch):
+                some = waiting[start : start + self.options.batch]
+                scores = self._scores([asked for _, asked in some])
+                found |= {row: Scored(each, None) for (row, _), each in zip(some, scores, strict=True)}
+                check()
+            self.pieces.write(number, rows, found)
+            done += len(rows)
+            console.progress(f"{done} of {total} rows")
+
+    def _ask(self, _, record, values) -> "_Asked | Scored":
+        """Returns what is to be scored of a row, or why nothing is; called on threads."""
+        if isinstance(record, str):
+            return Scored(None, record)
+        texts = values.get("answers")
+        if (
+            not isinstance(texts, list)
+            or not texts
+            or not all(isinstance(text, str) and text.strip() for text in texts)
+        ):
+            return Scored(None, "no_answers")
+        # As CLIP was trained: the middle of the picture.
+        picture = fit(decode(record.image, exif=self.data.exif), self.clip.vision.image_size, "crop")
+        return _Asked(picture, [f"{record.question} {text}" if self.options.with_question else text for text in texts])
+
+    def _scores(self, rows):
+        """Returns the scores of the answers of at most a batch of rows."""
+        pictures = np.zeros((self.options.batch, *rows[0].picture.shape), np.uint8)
+        pictures[: len(rows)] = [asked.picture for asked in rows]
+        seen = self.clip.images(pictures)
+        read = iter(self.clip.texts([text for asked in rows for text in asked.texts]))
+        return [[round(float(100 * next(read) @ seen[row]), 4) for _ in asked.texts] for row, asked in enumerate(rows)]
+
+    def finish(self) -> dict:
+        """Writes the files; returns the counts."""
+        counts = collections.Counter()
+        for number, file in enumerate(self.inputs):
+            found = self.pieces.read(number)
+
+            def made(row, values, found=found):
+                scores, fault = found[row]
+                best = worst = None
+                if scores is not None:
+                    best, worst, fault = choose(values["answers"], scores, self.options)
+                counts[fault or "ranked"] += 1
+                return {"fits": best, "fits_least": worst, "clip_scores": scores, "ranked_fault": fault}
+
+            write_output(file, self.folder, file.rows, _FIELDS, made)
+        summary = {"rows": sum(file.rows for file in self.inputs), "pairs": dict(counts.most_common())}
+        write_durably(self.folder / SUMMARY, json.dumps(summary, indent=1))
+        write_manifest(self.books, read_manifest(self.books, self.settings)["settings"], self.written)
+        return summary
+
+
+def build(config: Config, options: Options, console=None):
+    """Ranks the answers, or goes on with it; returns the counts."""
+    console, job = console or Console(), Job(config, options)
+    missing = job.pieces.missing()
+    console.note(f"clip     {options.clip}")
+    to_go = sum(len(rows) for _, rows in missing)
+    console.note(f"rows     {sum(file.rows for file in job.inputs)} in {len(job.inputs)} file(s); {to_go} to go")
+    console.note(f"output   {job.folder}")
+    if options.dry_run:
+        return None
+    files = [job.folder / file.path.name for file in job.inputs] + [job.folder / SUMMARY]
+    if not missing and job.manifest.get("written") == job.written and all(file.exists() for file in files):
+        console.note(f"all of that is done: {job.folder}")
+        return json.loads((job.folder / SUMMARY).read_text())
+    with StopSignal(alone=True) as stop:
+        if missing:
+            job.score(console, functools.partial(raise_if_asked, stop, "what is scored is kept"))
+    summary = job.finish()
+    console.note(", ".join(f"{what} {count}" for what, count in summary["pairs"].items()))
+    console.note(f"wrote {job.folder}; train with --data.columns chosen fits rejected fits_least")
+    return summary
+
+
+def main(argv=None):
+    """Runs the command."""
+    config, options = parse(Options, argv, description=__doc__)
+    with exit_when_stopped():
+        build(config, options)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

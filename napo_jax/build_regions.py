@@ -1,0 +1,253 @@
+"""Marks key regions: `python -m napo_jax.build_regions --config configs/mfpo7b.py --input FILES --output DIR`.
+
+For each row of some parquet files, the keywords of its chosen answer are found and mapped to places in its picture:
+the columns `keywords` and `region`, for the image variant `region`. Where that fails the region is the whole picture,
+`region_fault` says why, and it is counted. The same command, given again, goes on where it was.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+from typing import Literal
+
+import jax
+import pyarrow as pa
+
+from napo_jax.bias.inputs import open_inputs, read_rows, write_output
+from napo_jax.command import exit_with_one_line
+from napo_jax.config import Config, parse
+from napo_jax.data.prompts import Prompter
+from napo_jax.journal import exit_when_stopped, raise_if_asked
+from napo_jax.metrics import Console
+from napo_jax.model_source import absolute, find_model
+from napo_jax.pieces import read_manifest, write_durably, write_manifest
+from napo_jax.preemption import StopSignal
+from napo_jax.processes import together
+from napo_jax.progress import wait_until
+from napo_jax.regions.keywords import Ranking
+from napo_jax.regions.marker import Asked, Marked, Marker
+from napo_jax.regions.page import write_page
+from napo_jax.row_pieces import RowPieces
+from napo_jax.sharding import make_mesh
+from napo_jax.speaker import load_speaker
+
+BOOKS, PAGE, SUMMARY = "regions", "regions.html", "regions/report.json"
+_REGION = pa.struct({"rule": pa.string(), "exif": pa.bool_(), "side": pa.int64(), "bits": pa.binary()})
+_FIELDS = [
+    pa.field("region", _REGION),
+    pa.field("keywords", pa.list_(pa.string())),
+    pa.field("region_fault", pa.string()),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command's own options."""
+
+    # Parquet files of preferences: paths, folders or globs, local or gs://.
+    input: tuple[str, ...] = ()
+    # The folder for the pieces, the files with the regions beside their rows, and the page. Local or gs://.
+    output: str | None = None
+    # What maps a keyword to places: "evidence", those that the model's own log-prob of the word depends on; or "boxes",
+    # those of the column `boxes`, a list of {label, box: [left, top, right, bottom]} in pixels of the upright picture.
+    grounder: Literal["evidence", "boxes"] = "evidence"
+    # How much of the evidence for a word its places hold at least; as few places as hold it.
+    share: float = 0.5
+    # How keywords are chosen.
+    ranking: Ranking = dataclasses.field(default_factory=Ranking)
+    # The first so many rows alone, to try things out; without it the same command goes on with the rest.
+    limit: int | None = None
+    # Say what would be done, and do nothing.
+    dry_run: bool = False
+    # Rows that are computed at a time on each device of mesh.data x mesh.fsdp.
+    batch: int = 8
+    # Rows that are written at a time: as many may be lost when the process is killed.
+    piece: int = 256
+    # Whether this is one of several processes that work together, one for each host. Each has a model of its own.
+    distributed: bool = False
+
+    def __post_init__(self):
+        """Checks the numbers."""
+        for name in ("limit", "batch", "piece"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+
+
+class Job:
+    """Some files whose regions are marked."""
+
+    def __init__(self, config: Config, options: Options):
+        """Looks at the files, the model and what was done so far; raises one line if something cannot be used."""
+        if not options.input or options.output is None:
+            raise ValueError("say what to read and where to write: --input pairs/*.parquet --output regions/")
+        self.folder, self.options, self.config = absolute(options.output), options, config
+        data, columns = config.data, dict(config.data.columns)
+        if options.grounder == "boxes":
+            columns.setdefault("boxes", "boxes")
+        names = [field.name for field in _FIELDS]
+        self.inputs = open_inputs(options.input, names, columns, self.folder, suffixes=("",))
+        for file in self.inputs:
+            if "chosen" not in file.columns:
+                raise ValueError(f"{file.path} has no column chosen, whose keywords are looked for; map it to one")
+        self.source = find_model(config.model, config.train.seed)
+        vision = self.source.shape.vision
+        self.prompter = Prompter(self.source.tokenizer, data.template, vision.image_tokens)
+        most = min(data.max_tokens, self.source.shape.text.max_positions)
+        self.marker = Marker(self.prompter, vision, options.ranking, data.image_rule, data.exif, most, options.share)
+        self.root = data.image_root and str(absolute(data.image_root))
+        left = options.limit
+        self.sizes = []
+        for file in self.inputs:
+            self.sizes.append(file.rows if left is None else min(file.rows, left))
+            left = None if left is None else left - self.sizes[-1]
+        self.books = self.folder / BOOKS
+        self.settings = self._settings()
+        self.manifest = read_manifest(self.books, self.settings)
+        self.pieces = RowPieces(self.books, self.sizes, options.piece, Marked)
+
+    def _settings(self):
+        """Returns all that decides the regions, for JSON."""
+        data, options = self.config.data, self.options
+        own = {"grounder": options.grounder, "ranking": dataclasses.asdict(options.ranking), "piece": options.piece}
+        if options.grounder == "evidence":
+            own |= {"model": str(self.source), "source": self.source.fingerprint, "dtype": self.config.model.dtype}
+            own |= {"tokenizer": self.prompter.fingerprint, "max_tokens": data.max_tokens, "share": options.share}
+        frame = {"image_rule": data.image_rule, "exif": data.exif, "patches": self.marker.vision.image_tokens}
+        inputs = {file.path.name: file.bytes for file in self.inputs}
+        return own | frame | {"columns": data.columns, "image_root": self.root, "inputs": inputs}
+
+    def plan(self):
+        """Yields what a person wants to read before it starts."""
+        by = f"evidence of {self.source}" if self.options.grounder == "evidence" else "boxes of the rows"
+        yield f"regions  {self.options.ranking.count} keywords of each chosen answer, found by the {by}"
+        missing = sum(len(rows) for _, rows in self.pieces.missing())
+        yield f"rows     {sum(self.sizes)} in {len(self.inputs)} file(s); {missing} to go"
+        yield f"output   {self.folder}"
+
+    def mark(self, console, check):
+        """Marks this process's share of the pieces."""
+        options = self.options
+        share = (jax.process_index(), jax.process_count()) if options.distributed else (0, 1)
+        ground = self._by_boxes if options.grounder == "boxes" else self._by_evidence()
+        if jax.process_index() == 0 and not self.manifest:
+            write_manifest(self.books, self.settings)
+        wait_until(lambda: read_manifest(self.books, self.settings), check)
+        missing = self.pieces.missing(share)
+        done, total = 0, sum(len(rows) for _, rows in missing)
+        look = {"image_root": self.root, "exif": self.config.data.exif, "threads": self.config.data.threads}
+        work = lambda row, record, values: self.marker.ask(record, _read_boxes(values.get("boxes")))
+        for number, rows in missing:
+            found, waiting = {}, []
+            for row, asked in read_rows(self.inputs[number], set(rows), work, **look):
+                if isinstance(asked, Asked):
+                    waiting.append((row, asked))
+                else:
+                    found[row] = asked
+                check()
+            self.pieces.write(number, rows, found | ground(waiting, check))
+            done += len(rows)
+            console.progress(f"{done} of {total} rows")
+
+    def _by_boxes(self, waiting, _):
+        return {row: self.marker.by_boxes(asked) for row, asked in waiting}
+
+    def _by_evidence(self):
+        """Loads the model, and returns what marks rows with it."""
+        # Each process has a mesh of its own devices: none waits for another's rows.
+        mesh = make_mesh(self.config.mesh, jax.local_devices())
+        model = self.config.model
+        speaker = load_speaker(self.source, mesh, dtype=model.dtype, attention=model.attention)
+        self.settings["weights"] = speaker.digest
+        batch = self.options.batch * mesh.shape["data"] * mesh.shape["fsdp"]
+
+        def ground(waiting, check):
+            # Rows of like lengths are computed together, so that little is padding.
+            waiting = sorted(waiting, key=lambda each: len(each[1].prefix) + len(each[1].answer))
+            found = {}
+            for start in range(0, len(waiting), batch):
+                rows, asked = zip(*waiting[start : start + batch], strict=True)
+                found |= dict(zip(rows, self.marker.by_evidence(speaker, asked, batch), strict=True))
+                check()
+            return found
+
+        return ground
+
+    def finish(self) -> dict:
+        """Writes the files with their regions, and the page, when all is marked; returns the counts."""
+        counts, samples = collections.Counter(), []
+        for number, (file, size) in enumerate(zip(self.inputs, self.sizes, strict=True)):
+            if not size and file.rows:
+                continue
+            found = self.pieces.read(number)
+
+            def made(row, values, file=file, found=found):
+                marked = found[row]
+                region = self.marker.region(marked)
+                counts[marked.fault or "marked"] += 1
+                if region is not None and len(samples) < 12:
+                    samples.append((file, values, marked, region))
+                column = None if region is None else region.column
+                return {"region": column, "keywords": marked.keywords, "region_fault": marked.fault}
+
+            write_output(file, self.folder, size, _FIELDS, made)
+        summary = {"rows": sum(self.sizes), "regions": dict(counts.most_common())}
+        write_durably(self.folder / SUMMARY, json.dumps(summary, indent=1))
+        write_page(self.folder / PAGE, summary, samples, self.marker, self.root)
+        settings = read_manifest(self.books, self.settings)["settings"]
+        write_manifest(self.books, settings, self.written)
+        return summary
+
+    @property
+    def written(self) -> dict:
+        """What the manifest says of files that are written."""
+        return {"rows": sum(self.sizes)}
+
+
+def _read_boxes(value) -> list:
+    """Returns the boxes of a column that can be read; others find nothing, which is counted."""
+    boxes = []
+    for each in value if isinstance(value, list) else ():
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            left, top, right, bottom = map(float, each["box"])
+            if isinstance(each["label"], str) and left < right and top < bottom:
+                boxes.append({"label": each["label"], "box": (left, top, right, bottom)})
+    return boxes
+
+
+def build(config: Config, options: Options, console=None):
+    """Marks the regions, or goes on with them; returns the counts, None where another process writes them."""
+    console, job = console or Console(), Job(config, options)
+    for line in job.plan():
+        console.note(line)
+    if options.dry_run:
+        return None
+    if not job.pieces.missing() and job.manifest.get("written") == job.written and (job.folder / PAGE).exists():
+        console.note(f"all of that is done: {job.folder / PAGE}")
+        return json.loads((job.folder / SUMMARY).read_text())
+    with StopSignal(alone=True) as stop:
+        check = functools.partial(raise_if_asked, stop, "what is marked is kept")
+        if job.pieces.missing():
+            job.mark(console, check)
+            wait_until(lambda: not job.pieces.missing(), check)
+        if jax.process_index() > 0:
+            wait_until(lambda: read_manifest(job.books, {}).get("written") == job.written, check)
+            return None
+    summary = job.finish()
+    console.note(", ".join(f"{what} {count}" for what, count in summary["regions"].items()))
+    console.note(f"wrote {job.folder}; see {job.folder / PAGE}")
+    return summary
+
+
+def main(argv=None):
+    """Runs the command."""
+    config, options = parse(Options, argv, description=__doc__)
+    with together() if options.distributed else contextlib.nullcontext(), exit_when_stopped():
+        build(config, options)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
