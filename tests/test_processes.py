@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from quick import QUICK_FLAGS
 
 STEPS = 8
 RATES = ("seconds_per_step", "examples_per_second", "tokens_per_second")
@@ -27,9 +28,7 @@ def start(folder, name, count):
     command = [sys.executable, "-m", "napo_jax.train", "--config", "configs/debug.py", *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / f"programs{count}")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # Compiled fast and not to be fast.
-    quick = "--xla_backend_optimization_level=0"
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // count} {quick}"
+    environment["XLA_FLAGS"] = f"{QUICK_FLAGS} --xla_force_host_platform_device_count={2 // count}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     if count == 1:
         return [subprocess.Popen(command, env=environment, **pipes)]
