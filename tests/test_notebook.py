@@ -1,0 +1,58 @@
+"""The notebook runs from its first cell to its last, on little of everything."""
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from napo_jax.world.configs import cure
+
+FILE = "examples/demo.ipynb"
+FEW = {"PAIRS": 112, "STEPS": 2, "QUESTIONS": 6, "SHOWN": 2}
+
+
+@pytest.fixture(scope="module")
+def notebook(pytestconfig):
+    """Returns the notebook as it lies in the repository."""
+    return nbformat.read(pytestconfig.rootpath / FILE, as_version=4)
+
+
+def test_it_is_kept_without_outputs(notebook):
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert cells
+    assert not [cell for cell in cells if cell.outputs or cell.execution_count is not None]
+
+
+def test_its_parameters_are_those_of_the_demo(notebook):
+    from napo_jax.demo import Options
+
+    said = {}
+    exec(parameters(notebook).source, said)
+    assert said["PAIRS"] == Options().pairs
+    assert said["STEPS"] == cure().train.steps
+
+
+def parameters(notebook):
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    return cell
+
+
+# The kernel's own libraries use what Python deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_it_runs(notebook, tmp_path):
+    small = nbformat.v4.new_code_cell("\n".join(f"{name} = {value}" for name, value in FEW.items()))
+    assert all(f"{name} = " in parameters(notebook).source for name in FEW)
+    notebook.cells.insert(notebook.cells.index(parameters(notebook)) + 1, small)
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    client.execute()
+    printed = [
+        "".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells if "outputs" in cell
+    ]
+    table = next(text for text in printed if "held-out accuracy, habit broken" in text)
+    assert "before" in table
+    pictures = [
+        output for cell in notebook.cells for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 2 * FEW["SHOWN"]
+    assert any("question_only" in text and "None" not in text for text in printed)
+    assert (tmp_path / "runs" / "notebook" / "run" / "report.html").exists()
