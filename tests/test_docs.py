@@ -141,9 +141,8 @@ def test_the_reference_says_what_help_says(capsys, monkeypatch):
     rows = re.findall(r"^\| `(--[\w.-]+)` \| .*? \| .*? \| (.*) \|$", tables, re.MULTILINE)
     assert len(rows) > 60
     for flag, meaning in rows:
-        yes_or_no = re.escape(flag).replace(r"\.", r"\.(?:no-)?", flag.count(".") - 1)
         text = meaning.replace("`", "").replace("\\|", "|").replace("\\", "")
-        assert re.search(yes_or_no.rpartition(r"\.")[0], plain), flag
+        assert flag in plain
         assert " ".join(text.split()) in plain.replace("`", ""), flag
 
 

@@ -58,10 +58,13 @@ def on_files(files, config):
     for source, page in ELSEWHERE.items():
         if (ROOT / source).is_file():
             files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
-    for file in list(files.documentation_pages()):
+    pages = list(files.documentation_pages())
+    for file in pages:  # which grows: what is published may link on
         for target in _targets(file):
-            if _page_of(target) is None and target.is_file():
-                _publish(target, files, config)
+            place = _copy_of(target)
+            if _page_of(target) is None and target.is_file() and not files.get_file_from_path(place):
+                files.append(published := _publish(target, place, config))
+                pages += [published] if published.is_documentation_page() else []
     return files
 
 
@@ -93,12 +96,17 @@ def _source_of(uri) -> Path | None:
     for source, page in ELSEWHERE.items():
         if uri == page:
             return ROOT / source
-    return None if uri.startswith("files/") else ROOT / "docs" / uri
+    if not uri.startswith("files/"):
+        return ROOT / "docs" / uri
+    path = ROOT / uri.removeprefix("files/")
+    return path if path.is_file() else None
 
 
 def _page_of(path) -> str | None:
     """Returns the page that is made of a file of the repository, if one is."""
     uri = path.relative_to(ROOT).as_posix()
+    if uri == "README.md":
+        return "index.md"  # the front page of either
     return ELSEWHERE.get(uri) or (uri.removeprefix("docs/") if uri.startswith("docs/") else None)
 
 
@@ -108,17 +116,14 @@ def _copy_of(path) -> str:
     return f"{uri}.md" if path.suffix in _CODE else uri
 
 
-def _publish(path, files, config):
-    place = _copy_of(path)
-    if files.get_file_from_path(place):
-        return
-    if path.suffix == ".md" or not place.endswith(".md"):
-        files.append(File.generated(config, place, abs_src_path=str(path)))
-        return
+def _publish(path, place, config):
+    """Returns the site's file that is made of one of the repository."""
+    if path.suffix not in _CODE:
+        return File.generated(config, place, abs_src_path=str(path), inclusion=InclusionLevel.NOT_IN_NAV)
     title, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
     head = "---\nhide: [navigation, toc]\nsearch: {exclude: true}\n---\n"
     page = f"{head}\n# {title}\n\n````{_CODE[path.suffix]}\n{text}````\n"
-    files.append(File.generated(config, place, content=page, inclusion=InclusionLevel.NOT_IN_NAV))
+    return File.generated(config, place, content=page, inclusion=InclusionLevel.NOT_IN_NAV)
 
 
 def _targets(file):
