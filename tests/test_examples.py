@@ -71,7 +71,7 @@ def test_one_batch_of_four_blocks_is_the_objective():
         )
     }
     there = dict(zip(module.BLOCKS, jnp.split(mask.any(-1), len(module.BLOCKS)), strict=True))
-    direct, metrics = methods.napo(weight=1.0)(cells(policy), cells(reference), there)
+    direct, metrics = methods.napo(weight=1.0)(cells(policy), cells(reference), where=there)
     np.testing.assert_allclose(loss, direct, rtol=1e-6)
     np.testing.assert_allclose(q["question_only"], metrics["language_bias/q"], rtol=1e-6)
     np.testing.assert_allclose(q["image_only"], metrics["vision_bias/q"], rtol=1e-6)

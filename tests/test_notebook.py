@@ -1,7 +1,10 @@
-"""The notebook runs from its first cell to its last, on little of everything."""
+"""The notebook runs from its first cell to its last, on little of everything, where only the wheel is installed."""
+
+import os
 
 import nbformat
 import pytest
+from installed import build_wheel, install
 from nbclient import NotebookClient
 
 from napo_jax.world.configs import cure
@@ -40,11 +43,16 @@ def parameters(notebook):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_it_runs(notebook, tmp_path):
+    install(build_wheel(tmp_path), tmp_path / "installed")
+    where = nbformat.v4.new_code_cell("import napo_jax\nprint(napo_jax.__file__)")
     small = nbformat.v4.new_code_cell("\n".join(f"{name} = {value}" for name, value in FEW.items()))
     assert all(f"{name} = " in parameters(notebook).source for name in FEW)
     notebook.cells.insert(notebook.cells.index(parameters(notebook)) + 1, small)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
-    client.execute()
+    notebook.cells.append(where)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources)
+    client.execute(env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")})
+    assert where.outputs[0].text.startswith(str(tmp_path / "installed"))
     printed = [
         "".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells if "outputs" in cell
     ]

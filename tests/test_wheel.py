@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from installed import build_wheel, install
 
 import napo_jax
 from napo_jax import config as configs
@@ -19,13 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Returns the wheel that pip builds of the repository."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    command += ["--disable-pip-version-check", "-w", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (file,) = folder.glob("*.whl")
-    return file
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_all_that_the_package_reads_and_nothing_else(wheel):
@@ -46,31 +41,29 @@ def test_the_wheel_holds_all_that_the_package_reads_and_nothing_else(wheel):
 
 
 def test_an_installed_wheel_runs_where_nothing_else_is(wheel, tmp_path):
-    """In one process: the demo's help, configs by both of their names, and a training of two steps."""
+    """In one process: configs by both of their names, a command with one, and the demo's; test_notebook.py trains."""
     target, empty = tmp_path / "installed", tmp_path / "empty"
     empty.mkdir()
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run([*install, "--target", str(target), str(wheel)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    install(wheel, target)
     code = f"""
 import napo_jax
 assert napo_jax.__file__.startswith({str(target)!r}), napo_jax.__file__
-from napo_jax import demo, train
+from napo_jax import demo, preview
 from napo_jax.config import load_config
 from napo_jax.model_source import find_model
 from napo_jax.world.configs import cure
 for name in ("llava7b", "configs/llava7b.py"):
     assert load_config(name).model.size == "7b"
 find_model(cure().model)
-train.main(["--config", "debug", "--train.steps", "2", "--data.cache", "cache", "--data.buckets", "1"])
+preview.main(["--config", "debug", "--data.cache", "cache", "--data.made-up", "32", "--html", "page.html"])
 demo.main(["--help"])
 """
     environment = os.environ | {"PYTHONPATH": str(target), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], cwd=empty, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--pairs" in done.stdout
-    assert {path.name for path in empty.iterdir()} == {"cache", "runs"}
-    assert (empty / "runs" / "debug" / "report.html").exists()
+    assert "32 rows, 32 kept" in done.stdout
+    assert {path.name for path in empty.iterdir()} == {"cache", "page.html"}
 
 
 def test_a_config_is_found_by_its_name_and_by_its_path(tmp_path, monkeypatch):
