@@ -35,15 +35,17 @@ def logps(model, rows, answer):
     return jnp.take_along_axis(said, rows[answer][:, None], axis=1)[:, 0]
 
 
+@jax.jit
 def draw(key):
     """Returns rows in which things have any colour; thing number i is by habit of colour i."""
     seen, thing = jax.random.randint(key, (2, ROWS), 0, COLOURS)
     return {"seen": seen, "thing": thing, "chosen": seen, "biased": thing, "where": seen != thing}
 
 
+@nnx.jit
 def accuracy(model, rows):
     """Returns how often the model says what it sees."""
-    return float((model(rows["seen"], rows["thing"]).argmax(-1) == rows["seen"]).mean())
+    return (model(rows["seen"], rows["thing"]).argmax(-1) == rows["seen"]).mean()
 
 
 @nnx.jit
@@ -88,7 +90,7 @@ def main(steps=150):
         loss, q = prefer(model, reference, optimizer, draw(jax.random.fold_in(key, 1000 + step)))
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step:3}  loss {loss:.3f}  q {q:.3f}  says what it sees {accuracy(model, exam):.0%}")
-    return before, accuracy(model, exam)
+    return float(before), float(accuracy(model, exam))
 
 
 if __name__ == "__main__":

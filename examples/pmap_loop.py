@@ -18,6 +18,7 @@ ROWS, BETA, ALPHA = 64, 0.1, 0.01
 OPTIMIZER = optax.adam(1e-1)
 
 
+@jax.jit
 def draw(key):
     """Returns a batch: features of each answer, the reference's log-probs, and which rows count."""
     features, reference, where = jax.random.split(key, 3)

@@ -11,7 +11,7 @@ import inspect
 import re
 import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -59,13 +59,13 @@ def render() -> str:
     for kind in (Objective, Term):
         parts.append(f"### {kind.__name__}\n\n{_says(kind)}\n\n{_table(_fields(kind))}")
     parts.append(_COMMANDS)
-    for title, kind in _commands():
-        parts.append(f"### {title}\n\n{_says(kind)}\n\n{_table(_flags(kind, ''))}")
+    for title, says, kind in _commands():
+        parts.append(f"### {title}\n\n{says}\n\n{_table(_flags(kind, ''))}")
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 
 def _commands():
-    """Yields ("napo_jax.train *", dataclass of its options) for each command."""
+    """Yields ("napo_jax.train *", what it does, the dataclass of its options) for each command."""
     for path in sorted((ROOT / "napo_jax").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if "    exit_with_one_line(main)" not in text:
@@ -77,16 +77,23 @@ def _commands():
             there = re.search(rf"from (napo_jax[\w.]*) import [^\n]*\b{options}\b", text)
             kind = getattr(module, options, None) or getattr(importlib.import_module(there.group(1)), options)
             word = options.removesuffix("Options").lower()
-            yield f"{name}{' ' + word if word else ''}{' *' if reader == 'parse' else ''}", kind
+            title = f"{name}{' ' + word if word else ''}{' *' if reader == 'parse' else ''}"
+            yield title, _says(kind if word else module).partition("\n")[0], kind
 
 
 def _says(kind) -> str:
-    """Returns what the docstring says of a dataclass, without its examples."""
-    return inspect.cleandoc(kind.__doc__).partition("\n\nExamples:")[0]
+    """Returns what a docstring says, without its examples and attributes."""
+    return re.split(r"\n\n(?:Examples|Attributes):", inspect.cleandoc(kind.__doc__))[0]
 
 
-def _flags(kind, prefix):
-    """Yields (flag, value, default, meaning) for each field, those of dataclasses inside it too."""
+def _flags(kind, prefix, defaults=None):
+    """Yields (flag, value, default, meaning) for each field, those of dataclasses inside it too.
+
+    Args:
+      kind: the dataclass.
+      prefix: what stands before its fields' names.
+      defaults: an instance whose values are the defaults; None for those of the fields.
+    """
     hints = get_type_hints(kind, include_extras=True)
     comments = field_comments(kind)
     for field in dataclasses.fields(kind):
@@ -96,10 +103,12 @@ def _flags(kind, prefix):
             continue
         name = prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(inner):
-            yield from _flags(inner, f"{name}.")
+            within = _default(field) if defaults is None else getattr(defaults, field.name)
+            yield from _flags(inner, f"{name}.", None if within is dataclasses.MISSING else within)
         else:
             flag = name.upper() if tyro.conf.Positional in _marks(hint) else f"--{name}"
-            yield flag, _value(inner), _default(field), comments[field.name]
+            default = _default(field) if defaults is None else getattr(defaults, field.name)
+            yield flag, _value(inner), default, comments[field.name]
 
 
 def _fields(kind):
@@ -112,14 +121,16 @@ def _fields(kind):
 def _table(rows) -> str:
     lines = ["| | value | default | |", "|---|---|---|---|"]
     for name, value, default, meaning in rows:
-        cells = (f"`{name}`", value, default, _safe(meaning))
+        cells = (f"`{name}`", value, _spell(default), _safe(meaning))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 
 
 def _safe(text) -> str:
     """Returns a comment as Markdown: words that look like code or like a tag are shown as they are."""
-    return re.sub(r"(?<![`\w])(\S*[*_<>]\S*?)(?=[,.;:]?(\s|$))(?![^`]*`)", r"`\1`", text)
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [re.sub(r"[\w./]*[*_<>][\w./*<>]*(?<![.,])", r"`\g<0>`", part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def _marks(hint):
@@ -139,10 +150,9 @@ def _value(kind) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return ", or ".join("none" if part is type(None) else _value(part) for part in inner)
     if get_origin(kind) is tuple:
-        many = inner[-1] is Ellipsis
-        if not many and any(get_origin(part) is tuple for part in inner):
-            return "pairs"
-        return _several(inner[0]) if many else f"{len(inner)} times {_value(inner[0])}"
+        if inner[-1] is not Ellipsis:
+            return f"{len(inner)} times {_value(inner[0])}"
+        return "pairs" if get_origin(inner[0]) is tuple else f"several: {_value(inner[0])}"
     if get_origin(kind) is dict:
         return f"pairs of {_value(inner[0])}" if inner[0] is inner[1] else "names and values"
     return _WORDS.get(kind) or {"Callable": "function", "Mapping": "names and values"}.get(
@@ -150,17 +160,13 @@ def _value(kind) -> str:
     )
 
 
-def _several(kind) -> str:
-    if get_origin(kind) is tuple:
-        return f"groups of {len(get_args(kind))}: " + ", ".join(_value(part) for part in get_args(kind))
-    return f"several: {_value(kind)}" if kind is not Any else "several"
+def _default(field):
+    """Returns a field's default; MISSING if it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _default(field) -> str:
-    """Returns a field's default as a flag would say it."""
-    value = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
+def _spell(value) -> str:
+    """Returns a default as a flag would say it."""
     if value is dataclasses.MISSING:
         return "needed"
     if isinstance(value, bool):
@@ -186,7 +192,8 @@ def field_comments(kind) -> dict[str, str]:
             if comment := re.fullmatch(r"    # ?(.*)", line):
                 lines.append(comment.group(1))
             elif field := re.match(r"    (\w+): ", line):
-                said = " ".join(lines) or said
+                beside = re.search(r"  # (.*)", line)
+                said = beside.group(1) if beside else " ".join(lines) or said
                 found[field.group(1)] = said
                 lines = []
             elif not line.startswith("     ") and line != "    )":  # a field may go on over several lines
