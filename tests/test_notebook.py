@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from napo_jax.world.configs import cure
 
 FILE = "examples/demo.ipynb"
-FEW = {"PAIRS": 112, "STEPS": 2, "QUESTIONS": 6, "SHOWN": 2}
+FEW = {"PAIRS": 24, "STEPS": 2, "BATCH": 8, "HELD_OUT": 4, "BUCKETS": 1, "QUESTIONS": 6, "SHOWN": 2}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,11 @@ def test_its_parameters_are_those_of_the_demo(notebook):
 
     said = {}
     exec(parameters(notebook).source, said)
+    config = cure()
     assert said["PAIRS"] == Options().pairs
-    assert said["STEPS"] == cure().train.steps
+    assert said["STEPS"] == config.train.steps
+    data = (config.data.batch_size, config.data.held_out, config.data.buckets)
+    assert (said["BATCH"], said["HELD_OUT"], said["BUCKETS"]) == data
 
 
 def parameters(notebook):
