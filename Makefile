@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint figures docs wheel clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m napo_jax.demo
@@ -23,6 +23,16 @@ figures: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/python docs/figures/loss_shape.py
 
+# The pages as a site, in build/site: open index.html there. `$(BIN)/mkdocs serve` shows changes as they are made.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python docs/tools/config_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check build
+	rm -rf dist && $(BIN)/python -m build
+
 # Stamps are written last, so that an interrupted installation is done again.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,4 +44,4 @@ $(VENV)/.installed-for-tests: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """What a run is told: frozen dataclasses, read from a config file and overridden by flags.
 
-A config file defines `get_config() -> Config`. Every field below is a flag of every command, `--data.batch-size 8`.
+A config file defines `get_config() -> Config`; one that comes along may be named without folder and ending. Every field
+below is a flag of every command, `--data.batch-size 8`.
 """
 
 import dataclasses
@@ -179,12 +180,34 @@ class Config:
             raise ValueError("train.reference is adapters_off and there are no adapters: set lora.rank, or use cache")
 
 
+def shipped_configs() -> Path:
+    """Returns the folder of the configs that come along: inside a wheel's package, beside it in the repository."""
+    package = Path(__file__).parent
+    return inside if (inside := package / "configs").is_dir() else package.parent / "configs"
+
+
+def find_config(file) -> Path:
+    """Returns the file of a config: the path itself, or one of those that come along, `llava7b` or configs/llava7b.py.
+
+    Raises one line, with the names that there are, if it is neither.
+    """
+    path, shipped = Path(file), shipped_configs()
+    if path.is_file() and path.suffix == ".py":
+        return path
+    if (along := shipped / f"{path.stem}.py").is_file() and str(path) in (path.stem, f"configs/{path.stem}.py"):
+        return along
+    beside = path.parent if path.suffix == ".py" and path.parent.is_dir() else shipped
+    near = [] if beside.resolve() == shipped.resolve() else sorted(map(str, beside.glob("*.py")))
+    there = ", ".join([*near, *sorted(known.stem for known in shipped.glob("*.py"))])
+    raise ValueError(f"no config file {file}; there are {there or 'none'}")
+
+
 def load_config(file) -> Config:
-    """Runs a config file and returns what its `get_config` makes; raises one line if it makes none."""
-    path = Path(file)
-    if not path.is_file() or path.suffix != ".py":
-        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ValueError(f"no config file {file}; {'there are ' + ', '.join(near) if near else 'look in configs/'}")
+    """Runs a config file, given as `find_config` takes it, and returns what its `get_config` makes.
+
+    Raises one line if it makes none.
+    """
+    path = find_config(file)
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -197,6 +220,11 @@ def load_config(file) -> Config:
     if not isinstance(config, Config):
         raise ValueError(f"{file} must define get_config() that returns a napo_jax.config.Config, got {config!r}")
     return config
+
+
+_CONFIG_FLAG = tyro.conf.arg(
+    help="A file that defines get_config(), or the name of one that comes along, such as llava7b.", metavar="FILE"
+)
 
 
 def parse(options: type, argv=None, *, description: str) -> tuple[Config, Any]:
@@ -217,7 +245,7 @@ def parse(options: type, argv=None, *, description: str) -> tuple[Config, Any]:
     command = dataclasses.make_dataclass(
         "Command",
         [
-            ("config", Annotated[str | None, tyro.conf.arg(help="A file that defines get_config().", metavar="FILE")]),
+            ("config", Annotated[str | None, _CONFIG_FLAG]),
             ("options", Annotated[options, tyro.conf.arg(name="")]),
             ("run", Annotated[Config, tyro.conf.arg(name="")]),
         ],

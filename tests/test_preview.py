@@ -182,7 +182,7 @@ def test_a_config_is_read_and_overridden():
     ("argv", "message"),
     [
         ([], "say which config to use: --config"),
-        (["--config", "configs/debg.py"], r"no config file configs/debg.py; there are .*configs/debug.py"),
+        (["--config", "configs/debg.py"], r"no config file configs/debg.py; there are .*debug, dpo7b"),
         (["--config", "tests/quick.py"], "must define get_config"),
         (["--config", "configs/debug.py", "--data.batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--config", "configs/debug.py", "--data.workers", "-1"], "must not be negative"),
