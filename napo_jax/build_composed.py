@@ -254,7 +254,7 @@ class Job:
 
             replaced = {file.columns.get(name) for name in ("image", "question", "rejected")}
             fields = [pa.field(name, kind) for name, kind in _FIELDS.items()]
-            write_output(file, self.folder, size, fields, made, without=replaced | {"image", "images"})
+            write_output(file, self.folder, size, fields, made, without=replaced | {"image", *_FIELDS})
         summary = {"rows": sum(self.sizes), "form": options.form, "counts": dict(counts.most_common())}
         quantiles = lambda values: [round(float(np.quantile(values, q)), 4) for q in (0.05, 0.5, 0.95)]
         summary["on_target"] = {str(count): quantiles(shares[count]) for count in sorted(shares)}
