@@ -126,7 +126,11 @@ class Prompter:
         elif places != pictures:
             raise PromptError(f"a question about {pictures} pictures has {places} {IMAGE}", "image_markers")
         first, *texts = f"{self._opening}{question}{self._ending}".split(IMAGE)
-        behind = [[IMAGE_SLOT] * slots + self._tokenise(text) for text in texts]
+        # Each text is read as one of its own, before which sentencepiece puts a space, also where it has one. Some fast
+        # tokenizers then do not.
+        eaten = self._tokenise(" a") == self._tokenise("a")
+        behind = [self._tokenise(f" {text}" if eaten and text.startswith(" ") else text) for text in texts]
+        behind = [[IMAGE_SLOT] * slots + ids for ids in behind]
         return [*self._bos, *self._tokenise(first), *itertools.chain.from_iterable(behind)]
 
     def answers(self, texts):
