@@ -22,9 +22,9 @@ from napo_jax.composed.answerer import Answerer
 from napo_jax.composed.asker import Asked, Composer, Form
 from napo_jax.composed.drawing import Pool
 from napo_jax.composed.misplaced import Said, Selection, why_not
-from napo_jax.composed.wording import COUNTS, name_picture
+from napo_jax.composed.wording import COUNTS, INSET_WORDS, name_picture
 from napo_jax.config import Config, parse
-from napo_jax.data.prompts import Prompter, PromptError
+from napo_jax.data.prompts import IMAGE, Prompter, PromptError
 from napo_jax.data.records import default_cache, open_records
 from napo_jax.data.store import check_row
 from napo_jax.decoding import Decoding
@@ -46,7 +46,7 @@ _FIELDS = {
     "composed": pa.struct({"form": pa.string(), "pictures": pa.int32(), "place": pa.int32()}),
     "on_target": pa.float32(),
 }
-_SLACK = 16  # tokens by which the words that name one picture may be longer than those that name another
+_SLACK = 16  # tokens by which a text may be longer than its parts, one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +195,9 @@ class Job:
         if not self.manifest:
             write_manifest(self.books, self.settings | {"weights": speaker.digest})
         look = {"image_root": self.root, "exif": self.config.data.exif, "threads": self.config.data.threads}
-        room = min(self.room, self._longest_prompt())
+        self.room = min(self.room, self._longest_prompt())
         answerer = Answerer(
-            speaker, options.decoding, room=room, layer=self.layer, slots=options.slots, batch=options.batch
+            speaker, options.decoding, room=self.room, layer=self.layer, slots=options.slots, batch=options.batch
         )
         missing = self.pieces.missing()
         done, total = 0, sum(len(rows) for _, rows in missing)
@@ -212,17 +212,24 @@ class Job:
 
     def _longest_prompt(self):
         """Returns how many tokens the longest prompt has that there is room for, or a few more."""
-        most, form = max(self.options.counts), self.options.form
-        images = most if form == "sequence" else 1
-        name = functools.partial(name_picture, form, most, most - 1)
-        longest = 1
+        counts, form, labelled = self.options.counts, self.options.form, self.composer.labelled
+        images = counts if form == "sequence" else (1,)
+        count = lambda texts: [
+            len(ids) for ids in self.prompter.prefixes(texts, slots=0) if not isinstance(ids, PromptError)
+        ]
+        # What is said before any question, whatever is drawn: its marks are left out, for it is counted alone.
+        names = [
+            name_picture(form, number, place, "", labelled=labelled, wording=wording).replace(IMAGE, "")
+            for number in counts
+            for place in range(number)
+            for wording in range(len(INSET_WORDS) if form == "inset" else 1)
+        ]
+        longest, (empty,), before = 1, count([""]), max(count(names))
+        fits = self.room - min(images) * self.vision.image_tokens
         for file in self.inputs:
-            questions = [name(question) for question in read_questions(file) if question is not None]
-            found = self.prompter.prefixes(questions, slots=0, pictures=[images] * len(questions))
-            lengths = [len(ids) for ids in found if not isinstance(ids, PromptError)]
-            fitting = [length for length in lengths if length + images * self.vision.image_tokens <= self.room]
-            longest = max(longest, *fitting, 1)
-        return longest + images * self.vision.image_tokens + _SLACK
+            questions = [question.replace(IMAGE, "") for question in read_questions(file) if question is not None]
+            longest = max([longest, *(length for length in count(questions) if length <= fits)])
+        return before - empty + longest + max(images) * self.vision.image_tokens + _SLACK
 
     def finish(self) -> dict:
         """Writes the files; returns the counts."""

@@ -17,8 +17,8 @@ from torch_llava import params_of, tiny_config, torch_llava, torch_logits
 from toy_tokenizer import toy_tokenizer
 
 from napo_jax.arithmetic import step_flops
-from napo_jax.config import DataConfig, ModelConfig
-from napo_jax.data.corruptions import image_variants
+from napo_jax.config import Config, DataConfig, ModelConfig, load_config
+from napo_jax.data.corruptions import ABAR, image_variants
 from napo_jax.data.dataset import open_dataset
 from napo_jax.data.images import normalise
 from napo_jax.data.loader import Pictures
@@ -26,10 +26,12 @@ from napo_jax.data.prompts import Prompter, PromptError
 from napo_jax.data.records import DataError, open_records
 from napo_jax.decoding import Decoding
 from napo_jax.generate import Generator, Prompt
-from napo_jax.methods import mdpo, mfpo, mia_dpo
-from napo_jax.model_source import find_model
+from napo_jax.losses import dpo_loss
+from napo_jax.methods import mfpo, mia_dpo
+from napo_jax.model_source import find_model, random_shape
 from napo_jax.models import IMAGE_SLOT, Groups, Llava
 from napo_jax.models.packing import Packing
+from napo_jax.objective import Objective, Term
 from napo_jax.plan import _batch, _bucket
 from napo_jax.preview import as_text, summarise
 from napo_jax.preview_page import write_page
@@ -119,7 +121,8 @@ def test_a_picture_that_is_cut_is_no_number():
     assert np.isfinite(got[2]).all()
 
 
-def test_an_answer_to_two_pictures_is_the_greedy_one():
+def test_an_answer_to_two_pictures_is_the_greedy_one(monkeypatch):
+    monkeypatch.setattr(jax, "jit", quick_jit)
     ids = ids_with(42, 1, 3 + EACH, seed=8).astype(np.int32)
     images = noise(2, 28, 28, 3, seed=9)
     generator = Generator(MODEL, PARAMS, Decoding(max_tokens=4), eos=0, slots=4, prompt_tokens=48)
@@ -297,16 +300,16 @@ def test_the_rows_of_one_picture_are_the_same_data_under_both_settings(tmp_path)
 
 def test_every_picture_has_the_image_variant(dataset):
     batch = next(batch for batch in dataset.loader(rows=(0, 1))() if batch.bucket.pictures == 3)
-    found = np.asarray(pictures_of(batch, mdpo(), 8))
+    objective = Objective((Term("picture", dpo_loss, "chosen", "chosen@diffusion"),))
+    found = np.asarray(pictures_of(batch, objective, 8))
     assert found.shape == (1, 2, 3, 32, 32, 3)
     pixels = np.asarray(normalise(batch.images[0]))
     np.testing.assert_array_equal(found[0, 0], pixels)
-    alone = image_variants(pixels[:1], batch.seeds, ("clean", "crop"), patch=8)
+    alone = image_variants(pixels[:1], batch.seeds, ("clean", "diffusion"), patch=8)
     np.testing.assert_array_equal(found[0, :, 0], np.asarray(alone)[0])
-    assert all(np.abs(found[0, 1, k] - found[0, 0, k]).max() > 0.1 for k in range(2))
-    same = dataclasses.replace(batch, images=np.repeat(batch.images[:, :1], 3, axis=1))
-    crops = np.asarray(pictures_of(same, mdpo(), 8))[0, 1]
-    assert np.abs(crops[0] - crops[1]).max() > 0.1, "each picture is cropped by itself"
+    noise = found[0, 1] - np.float32(np.sqrt(ABAR[500])) * found[0, 0]
+    apart = [np.abs(noise[one] - noise[other]).mean() for one, other in ((0, 1), (0, 2), (1, 2))]
+    assert min(apart) > 0.1, "each picture has noise of its own"
 
 
 def test_variants_of_one_picture_are_refused_with_several(file):
@@ -344,11 +347,11 @@ def test_a_plan_knows_how_many_pictures(dataset):
     notes = []
     _bucket(_planned(pictures=3), model.config, None, 32, 8, notes)
     assert "and 32 more for 3 images" in notes[0]
+    published = _bucket(load_config("configs/mia7b.py"), random_shape("7b"), None, 704, 256, [])
+    assert (published.pictures, published.prefix) == (5, 3072)  # 704 and four times 576, up to a multiple of 128
 
 
 def _planned(pictures):
-    from napo_jax.config import Config
-
     return Config(
         data=DataConfig(pictures=pictures, batch_size=4, attention_multiple=8, path=("nowhere.parquet",)),
         objective=mia_dpo(),

@@ -39,6 +39,11 @@ class Composer:
     released: bool  # numbers on the cells of a grid, noise in what is asked, the middle for the box of an inset
     exif: bool
 
+    @property
+    def labelled(self) -> bool:
+        """Whether pictures bear numbers, to be named by."""
+        return self.released and self.form == "grid"
+
     def compose(self, picture: bytes, others: list[bytes], question: str, drawn: Drawn) -> Composed:
         """Returns a record's picture among others, with the words that name it.
 
@@ -48,7 +53,7 @@ class Composer:
           question: the record's.
           drawn: `Drawn`.
         """
-        count, place, labelled = drawn.count, drawn.place, self.released and self.form == "grid"
+        count, place, labelled = drawn.count, drawn.place, self.labelled
         wording = {"labelled": labelled, "wording": drawn.wording}
         question = name_picture(self.form, count, place, question, **wording)
         if self.form == "sequence":
