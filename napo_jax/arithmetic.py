@@ -57,7 +57,8 @@ def attention_flops(config: LlavaConfig, bucket: Bucket, groups: int, cell_image
 
 def _forward(config, bucket, cell_image):
     """Yields the forward pass of one group in its order: lists of products with the same input."""
-    text, vision, images = config.text, config.vision, max(cell_image) + 1
+    text, vision = config.text, config.vision
+    images = (max(cell_image) + 1) * bucket.pictures
     patches = vision.image_tokens
 
     def vector(*paths):

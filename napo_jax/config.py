@@ -66,7 +66,10 @@ class DataConfig:
     image_rule: Literal["pad", "crop"] = "pad"
     # Whether pictures are turned as their camera noted; the released code ignores the note.
     exif: bool = False
-    # The most tokens of a prefix, its image and one answer together.
+    # The most pictures of a record: with more than one, those of the column `images` are taken. Rows with more of them
+    # are dropped and counted, and each picture takes its 576 tokens of `max_tokens`.
+    pictures: int = 1
+    # The most tokens of a prefix, its images and one answer together.
     max_tokens: int = 2048
     # What becomes of an answer that is longer: "cut" its end, as released, or "drop" the row.
     long_answers: Literal["cut", "drop"] = "cut"
@@ -92,7 +95,7 @@ class DataConfig:
         if isinstance(self.path, str):
             object.__setattr__(self, "path", (self.path,))
         check_fields(self, "data")
-        for name in ("batch_size", "buckets", "attention_multiple", "threads", "made_up", "max_tokens"):
+        for name in ("batch_size", "buckets", "attention_multiple", "threads", "made_up", "max_tokens", "pictures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("workers", "seed", "held_out"):

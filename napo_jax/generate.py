@@ -32,7 +32,7 @@ class Prompt(NamedTuple):
 
     key: object  # whatever names it; comes back with the answer
     ids: np.ndarray  # int32[P], with IMAGE_SLOT where image tokens go
-    image: np.ndarray | None = None  # float32[I, I, 3], normalised
+    image: np.ndarray | None = None  # float32[I, I, 3], normalised; several as [n, I, I, 3]
     seed: int = 0  # of what is drawn, beside that of the decoding
 
 
@@ -211,11 +211,13 @@ class Generator:
         seeds = np.zeros(count, np.uint32)
         seeds[rows] = [prompt.seed for prompt in prompts]
         images = None
-        if any(prompt.image is not None for prompt in prompts):
-            images = np.zeros((count, size, size, 3), np.float32)
+        most = max(map(_pictures, prompts))
+        if most:
+            images = np.zeros((count, most, size, size, 3), np.float32)
             for row, prompt in zip(rows, prompts, strict=True):
                 if prompt.image is not None:
-                    images[row] = prompt.image
+                    images[row, : _pictures(prompt)] = prompt.image
+            images = images[:, 0] if most == 1 else images
         streams = zip(
             *[(prompt.ids, *without_picture(prompt.ids, self._decoding.debias, self._unk)) for prompt in prompts],
             strict=True,
@@ -230,11 +232,11 @@ class Generator:
     def _check(self, prompt):
         """Raises if a prompt cannot be answered: what is compiled would say nonsense to it."""
         tokens, places = len(prompt.ids), np.count_nonzero(prompt.ids == IMAGE_SLOT)
-        wanted = 0 if prompt.image is None else self._model.config.vision.image_tokens
+        wanted = _pictures(prompt) * self._model.config.vision.image_tokens
         if not 0 < tokens <= self._prompt_tokens:
             raise ValueError(f"a prompt has {tokens} tokens, and there is room for 1 to {self._prompt_tokens}")
         if places != wanted:
-            has = "no picture" if prompt.image is None else "a picture"
+            has = {0: "no picture", 1: "a picture"}.get(_pictures(prompt), f"{_pictures(prompt)} pictures")
             raise ValueError(f"a prompt with {has} needs {wanted} places for its tokens, and has {places}")
         if not 0 <= prompt.seed < 2**32:
             raise ValueError(f"the seed of a prompt must be from 0 to 2**32 - 1, got {prompt.seed}")
@@ -343,3 +345,8 @@ class Generator:
             new._replace(kept=back(old.kept, new.kept)) for old, new in zip(whole, state.streams, strict=True)
         )
         return state._replace(streams=streams)
+
+
+def _pictures(prompt):
+    """Returns how many pictures a prompt has."""
+    return 0 if prompt.image is None else 1 if prompt.image.ndim == 3 else len(prompt.image)

@@ -203,7 +203,11 @@ def povid_released(beta: float = 0.1) -> Objective:
 
 
 def mia_dpo(beta: float = 0.1, sft_weight: float = 0.0) -> Objective:
-    """Returns MIA-DPO (arXiv 2410.17637): DPO, with the likelihood of the chosen answer if it is given a weight."""
+    """Returns MIA-DPO (arXiv 2410.17637): DPO, with the likelihood of the chosen answer if it is given a weight.
+
+    What is its own are the records: several pictures, and rejected answers that looked at the wrong one. They are made
+    by `napo_jax.build_composed`. The published script gives the likelihood no weight; the paper's best is 0.1.
+    """
     preference = Term("preference", dpo_loss, "chosen", "rejected", options={"beta": beta})
     likelihood = Term("likelihood", sft_loss, "chosen", weight=sft_weight)
     return Objective((preference, likelihood) if sft_weight else (preference,))

@@ -48,7 +48,8 @@ class Options:
     topology: str | None = None
     # Print one JSON object.
     json: bool = False
-    # Tokens of a prefix, its image among them, and of each answer, where the config's data or model are not here.
+    # Tokens of a prefix, one image among them, and of each answer, where the config's data or model are not here. What
+    # further images of data.pictures take comes on top.
     prefix_tokens: int = 704
     answer_tokens: int = 256
 
@@ -144,19 +145,24 @@ def _bucket(config, shape, tokenizer, prefix_tokens, answer_tokens, notes):
     """Returns the largest bucket of the data, or the one of a batch whose groups all have these lengths."""
     if config.data.path is not None and tokenizer is not None and _is_here(config.data.path):
         return max(open_dataset(config.data, config.objective, tokenizer, shape).buckets)
-    objective, image = config.objective, shape.vision.image_tokens
+    objective, image, pictures = config.objective, shape.vision.image_tokens, config.data.pictures
+    more = (pictures - 1) * image
     most = min(config.data.max_tokens, shape.text.max_positions)
-    if not image < prefix_tokens or answer_tokens < 1 or prefix_tokens + answer_tokens > most:
+    if not image < prefix_tokens or answer_tokens < 1 or prefix_tokens + more + answer_tokens > most:
+        further = f" with {more} for more images" if more else ""
         raise ValueError(
-            f"--prefix-tokens must be more than the {image} of an image, --answer-tokens at least 1 and both together "
-            f"at most {most}, got {prefix_tokens} and {answer_tokens}"
+            f"--prefix-tokens must be more than the {image} of an image, --answer-tokens at least 1 and both together"
+            f"{further} at most {most}, got {prefix_tokens} and {answer_tokens}"
         )
-    lengths = np.array([prefix_tokens]), np.full((1, len(objective.cells)), answer_tokens)
+    lengths = np.array([prefix_tokens + more]), np.full((1, len(objective.cells)), answer_tokens)
     multiple = config.data.attention_multiple
-    (bucket,), _ = choose_buckets(*lengths, len(objective.image_variants), attention_multiple=multiple)
+    several = np.array([pictures])
+    (bucket,), _ = choose_buckets(
+        *lengths, len(objective.image_variants), pictures=several, attention_multiple=multiple
+    )
     notes.append(
         f"lengths are assumed: {prefix_tokens} tokens of a prefix (--prefix-tokens) and {answer_tokens} of each answer "
-        "(--answer-tokens)"
+        "(--answer-tokens)" + (f", and {more} more for {pictures} images" if more else "")
     )
     return bucket
 
@@ -206,7 +212,7 @@ def _batch(config, model, bucket, sharding):
             config.objective.reference_cells, config.objective.logps_like(of(jnp.float32), reference=True)
         )
     return Batch(
-        images=of(jnp.uint8, size, size, 3),
+        images=of(jnp.uint8, *([bucket.pictures] if bucket.pictures > 1 else []), size, size, 3),
         prefix_ids=of(jnp.int32, bucket.prefix),
         prefix_lengths=of(jnp.int32),
         answer_ids=of(jnp.int32, cells, bucket.answer),

@@ -107,7 +107,8 @@ class Plan:
             yield f"  note      {note}"
         at_a_time = self.groups // (self.mesh["data"] * self.mesh["fsdp"] * self.accumulate)
         parts = "at once" if self.accumulate == 1 else f"in {self.accumulate} micro-batches"
-        yield f"  batch     {self.groups} groups {parts}, {at_a_time} at a time on a device; {self.bucket}"
+        pictures = f", {self.bucket.pictures} pictures each" if self.bucket.pictures > 1 else ""
+        yield f"  batch     {self.groups} groups {parts}, {at_a_time} at a time on a device; {self.bucket}{pictures}"
         yield f"  mesh      {', '.join(f'{axis} {size}' for axis, size in self.mesh.items())}"
         parts = ", ".join(f"{name} {_size(size)}" for name, size in self.state._asdict().items() if size)
         yield f"  state     {_size(sum(self.state))}: {parts}"

@@ -55,6 +55,9 @@ def summarise(dataset):
         "held_out": int(dataset.held_out.sum()),
         "left_over_per_epoch": len(table) - int(dataset.held_out.sum()) - order.steps_per_epoch * order.batch_size,
         "fingerprint": dataset.loader(order, rows=(0, order.batch_size)).fingerprint,
+        "pictures": {
+            str(count): int(rows) for count, rows in zip(*np.unique(table.pictures, return_counts=True), strict=True)
+        },
     }
 
 
@@ -81,6 +84,9 @@ def as_text(summary):
     lines += [f"  kept     {count:>7}  {note}" for note, count in summary["notes"].items()]
     if summary["duplicate_rows"]:
         lines.append(f"  kept     {summary['duplicate_rows']:>7}  repeat another row")
+    if summary["pictures"].keys() != {"1"}:
+        lines += ["", "pictures of a group"]
+        lines += [f"  {count:<8} {rows:>7} groups" for count, rows in summary["pictures"].items()]
     lines += ["", f"{'tokens':<24}{'min':>7}{'median':>8}{'95%':>7}{'max':>7}"]
     for name, values in summary["tokens"].items():
         lines.append(f"  {name:<22}" + "".join(f"{v:>{w}}" for v, w in zip(values.values(), (7, 8, 7, 7), strict=True)))

@@ -74,7 +74,7 @@ def _buckets(summary):
 
 
 def _samples(dataset, objective, count):
-    """Yields (record number, group, float32[M, I, I, 3] images) of the first groups of training."""
+    """Yields (record number, group, float32[M, n, I, I, 3] images) of the first groups of training."""
     order = dataset.order()
     batches = dataset.loader(order, rows=(0, order.batch_size))(0, order.steps_per_epoch)
     group_of = {int(record): group for group, record in enumerate(dataset.table.records)}
@@ -85,16 +85,23 @@ def _samples(dataset, objective, count):
             if count == 0:
                 return
             count -= 1
-            yield int(record), group_of[int(record)], pictures
+            group = group_of[int(record)]
+            several = pictures if pictures.ndim == 5 else pictures[:, None]
+            yield int(record), group, several[:, : dataset.table.pictures[group]]
 
 
 def _group(dataset, objective, record, group, pictures):
     """Renders one group: its pictures, its prefix, and each answer token by token."""
     prefix, answers = dataset.table.tokens(group)
+    named = [
+        (name if len(several) == 1 else f"{name}, picture {place}", picture)
+        for name, several in zip(objective.image_variants, pictures, strict=True)
+        for place, picture in enumerate(several, 1)
+    ]
     figures = "".join(
         f'<figure><img alt="{html.escape(name)}" src="{_url(picture)}">'
         f"<figcaption>{html.escape(name)}</figcaption></figure>"
-        for name, picture in zip(objective.image_variants, pictures, strict=True)
+        for name, picture in named
     )
     parts = [
         f'<section class="group"><h3>Record {record:,}</h3><div class="pictures">{figures}</div>'

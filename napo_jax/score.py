@@ -44,21 +44,32 @@ def score(model, params, batch, objective, *, reference=False, dropout=None, kl_
 def pictures_of(batch, objective, patch, *, reference=False):
     """Returns a batch's pictures under the image variants of an objective, float32[B, M, S, S, 3], normalised.
 
+    Of several pictures each has the variant, with a seed of its own: float32[B, M, n, S, S, 3].
+
     Args:
       batch: `Batch` of B groups.
       objective: `Objective`.
       patch: the side of the model's patches, in pixels.
       reference: whether they are made for the reference.
     """
-    return image_variants(
-        normalise(batch.images),
-        batch.seeds,
+    pictures, seeds = normalise(batch.images), jnp.asarray(batch.seeds)
+    count = pictures.shape[1] if pictures.ndim == 5 else 1
+    if count > 1:
+        pictures = pictures.reshape(-1, *pictures.shape[2:])
+        places = jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)  # the first one's seed is the record's
+        seeds = (seeds[:, None] + places[None]).reshape(-1)
+    found = image_variants(
+        pictures,
+        seeds,
         objective.image_variants,
         masks=batch.masks,
         rejected_images=None if batch.rejected_images is None else normalise(batch.rejected_images),
         reference=reference,
         patch=patch,
     )
+    if count > 1:
+        found = found.reshape(-1, count, *found.shape[1:]).swapaxes(1, 2)
+    return found
 
 
 def valid_cells(batch, objective):

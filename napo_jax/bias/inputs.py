@@ -115,7 +115,7 @@ def image_root_of(file: InputFile, root) -> epath.Path:
     return real_root(file.path.parent if root is None else epath.Path(root))
 
 
-def write_output(file: InputFile, folder, rows: int, fields: list[pa.Field], made: Callable):
+def write_output(file: InputFile, folder, rows: int, fields: list[pa.Field], made: Callable, without=()):
     """Writes a file again, row group by row group, with more columns.
 
     Args:
@@ -123,7 +123,8 @@ def write_output(file: InputFile, folder, rows: int, fields: list[pa.Field], mad
       folder: epath.Path to write it to, under the same name.
       rows: how many of its rows, from the first.
       fields: of the new columns.
-      made: (row number, {our name: value}) -> {field's name: value}.
+      made: (row number, {our name: value}) -> {field's name: value}; None for a row that is left out.
+      without: columns that are left out.
     """
     target = folder / file.path.name
     for left in folder.glob(f"{file.path.name}.*.tmp"):  # by a process that was killed
@@ -132,8 +133,11 @@ def write_output(file: InputFile, folder, rows: int, fields: list[pa.Field], mad
     first = 0
     with file.path.open("rb") as source, aside.open("wb") as sink:
         parquet = pq.ParquetFile(source)
-        schema = parquet.schema_arrow
-        schema = pa.schema([*schema, *fields], _with_features(schema.metadata, fields))
+        schema, gone = parquet.schema_arrow, set(without)
+        kept = [place for place, name in enumerate(schema.names) if name not in gone]
+        schema = pa.schema(
+            [*(schema.field(place) for place in kept), *fields], _with_features(schema.metadata, fields, gone)
+        )
         options = {"compression": _compression(parquet.metadata)}
         with pq.ParquetWriter(sink, schema, **options) as writer:
             for group, size in enumerate(file.groups):
@@ -142,8 +146,12 @@ def write_output(file: InputFile, folder, rows: int, fields: list[pa.Field], mad
                 size = min(size, rows - first)
                 table = parquet.read_row_group(group).slice(0, size)
                 found = [made(first + i, values) for i, values in enumerate(_values(table, file.columns))]
+                if None in found:
+                    table = table.filter(pa.array([row is not None for row in found]))
+                    found = [row for row in found if row is not None]
                 arrays = [pa.array([row[field.name] for row in found], field.type) for field in fields]
-                writer.write_table(pa.table([*table.columns, *arrays], schema=schema), row_group_size=max(size, 1))
+                columns = [table.column(place) for place in kept]
+                writer.write_table(pa.table([*columns, *arrays], schema=schema), row_group_size=max(len(found), 1))
                 first += size
         if is_local(target):
             sink.flush()
@@ -177,12 +185,13 @@ def _compression(metadata):
     return metadata.row_group(0).column(0).compression.lower().replace("uncompressed", "none")
 
 
-def _with_features(metadata, fields):
-    """Returns a schema's metadata with new columns in what the `datasets` library keeps there of its columns."""
+def _with_features(metadata, fields, gone):
+    """Returns a schema's metadata with new columns, and without others, in what the `datasets` library keeps there."""
     metadata = dict(metadata or {})
     try:
         known = json.loads(metadata[b"huggingface"])
-        known["info"]["features"] |= {field.name: _feature(field.type) for field in fields}
+        features = {name: feature for name, feature in known["info"]["features"].items() if name not in gone}
+        known["info"]["features"] = features | {field.name: _feature(field.type) for field in fields}
         metadata[b"huggingface"] = json.dumps(known).encode()
     except (KeyError, ValueError, TypeError):  # there is nothing of the kind, or it is of another kind: leave it
         pass

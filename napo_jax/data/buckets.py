@@ -19,15 +19,20 @@ class Bucket:
     prefix: int  # P, tokens that attention gives to each prefix
     answer: int  # T, tokens that attention gives to each answer
     answers: int  # A, packed tokens of all answers of a group
+    # The most pictures of a group. Not in what is printed, by which a run knows its data again: it follows from them.
+    pictures: int = dataclasses.field(default=1, repr=False)
 
 
-def choose_buckets(prefix_lengths, answer_lengths, prefixes=1, *, count=8, multiple=16, attention_multiple=128):
+def choose_buckets(
+    prefix_lengths, answer_lengths, prefixes=1, *, pictures=None, count=8, multiple=16, attention_multiple=128
+):
     """Chooses the buckets with the least padding that hold all groups.
 
     Args:
       prefix_lengths: int[N], tokens of each group's prefix, all image tokens included.
       answer_lengths: int[N, C], tokens of its answers.
       prefixes: M, how many image variants repeat the prefix.
+      pictures: int[N], how many each group has; None: one each.
       count: the most buckets to choose.
       multiple: U and A are multiples of this.
       attention_multiple: attention's tokens M P + C T are a multiple of this; 128 is what TPU kernels need.
@@ -60,6 +65,7 @@ def choose_buckets(prefix_lengths, answer_lengths, prefixes=1, *, count=8, multi
                 prefix=up(prefix_lengths[members].max(), prefix_step),
                 answer=up(answer_lengths[members].max(), answer_step),
                 answers=up(answers[members].max(), multiple),
+                pictures=1 if pictures is None else int(pictures[members].max()),
             )
         )
     return tuple(_widen(buckets)), bucket_of

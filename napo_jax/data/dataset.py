@@ -114,21 +114,32 @@ def open_dataset(config: DataConfig, objective: Objective, tokenizer, model) -> 
         raise ValueError(
             f"data.max_tokens is {config.max_tokens}, and the model has {model.text.max_positions} positions: lower it"
         )
+    one_picture = sorted({"swap", "rejected_image", "region"} & {*objective.image_variants})
+    if config.pictures > 1 and one_picture:
+        raise ValueError(
+            f"the objective needs the image variant {one_picture[0]}, which is of one picture, and data.pictures is "
+            f"{config.pictures}: set it to 1, or use another variant"
+        )
     rules = GroupRules.of(
-        objective, max_tokens=config.max_tokens, long_answers=config.long_answers, identical=config.identical
+        objective,
+        max_tokens=config.max_tokens,
+        long_answers=config.long_answers,
+        identical=config.identical,
+        pictures=config.pictures,
     )
     cache = Path(config.cache).expanduser() if config.cache else default_cache()
     needed = {*objective.image_variants, *(["difficulty"] if config.curriculum != "none" else [])}
     extras = tuple(name for name in EXTRAS if name in needed)
     if config.path is None:
         frame = Frame(config.image_rule, config.exif, model.vision.image_size // model.vision.patch_size)
-        records = MadeUpRecords(config.made_up, seed=config.seed, frame=frame)
+        records = MadeUpRecords(config.made_up, seed=config.seed, frame=frame, pictures=config.pictures)
     else:
         records = open_records(
             config.path,
             columns=config.columns,
             answers=rules.answers,
             extras=extras,
+            pictures=config.pictures,
             image_root=config.image_root,
             cache=cache / "records",
             exif=config.exif,
@@ -166,13 +177,18 @@ def _buckets(table, config, some=slice(None)):
         table.prefix_lengths[some],
         table.answer_lengths[some],
         table.rules.prefixes,
+        pictures=table.pictures[some],
         count=config.buckets,
         attention_multiple=config.attention_multiple,
     )
 
 
 def _hold_out(keys, count, seed):
-    """Chooses at least `count` groups, bool[N]: whole pictures, so that none is both trained on and evaluated."""
+    """Chooses at least `count` groups, bool[N]: whole pictures, so that none is both trained on and evaluated.
+
+    Of groups of several pictures, all groups of the same ones in the same order; one of them alone may be on both
+    sides.
+    """
     _, picture_of = np.unique([key[:PICTURE_DIGITS] for key in keys], return_inverse=True)
     if not 0 <= count < len(keys):
         raise ValueError(f"data.held_out is {count}, and there are {len(keys)} groups in all: set less apart")

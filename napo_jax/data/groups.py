@@ -40,6 +40,8 @@ class GroupRules:
     long_answers: Literal["cut", "drop"] = "cut"
     identical: Literal["keep", "drop"] = "keep"
     edited: tuple[tuple[str, str], ...] = ()  # answers whose edited spans are marked, each with its counterpart
+    # The most pictures of a record. The tokens follow from how many each has, so that a table is not of this.
+    pictures: int = dataclasses.field(default=1, repr=False)
 
     @classmethod
     def of(cls, objective, **options):
@@ -72,6 +74,7 @@ class GroupTable:
       keys: list[str], its record's key.
       prefix_lengths: int32[N], all image tokens included.
       answer_lengths: int32[N, C].
+      pictures: int32[N], how many each has.
       dropped: {reason: count} of records that make no group.
       notes: {what: count} of groups that are kept but worth a look.
       largest_id: the largest token id of all.
@@ -84,6 +87,8 @@ class GroupTable:
             self.records, self.prefix_lengths = lengths["records"], lengths["prefix_lengths"]
             self._answer_lengths, self._starts = lengths["answer_lengths"], lengths["starts"]
             self._key_bytes = lengths["keys"]
+            several = "pictures" in lengths
+            self.pictures = lengths["pictures"] if several else np.ones(len(self.records), np.int32)
         report = json.loads((self.folder / "report.json").read_text())
         self.dropped, self.notes = report["dropped"], report["notes"]
         self.fingerprint, self.largest_id = report["fingerprint"], report["largest_id"]
@@ -118,12 +123,12 @@ class GroupTable:
         """Returns what `tokens` does, but for an edited token ~id, as it is in the file."""
         if self._ids is None:
             self._ids = np.memmap(self.folder / "ids.int32", np.int32, mode="r")
-        words = self.prefix_lengths[group] - self.image_tokens + 1  # the file has one slot for the whole picture
+        # The file has one slot for the whole of a picture.
+        words = self.prefix_lengths[group] - self.pictures[group] * (self.image_tokens - 1)
         lengths = [words, *self._answer_lengths[group]]
         ends = self._starts[group] + np.cumsum(lengths)
         prefix, *answers = (np.array(self._ids[end - length : end]) for end, length in zip(ends, lengths, strict=True))
-        slot = int(np.flatnonzero(prefix == IMAGE_SLOT)[0])
-        prefix = np.concatenate([prefix[:slot], np.full(self.image_tokens, IMAGE_SLOT, np.int32), prefix[slot + 1 :]])
+        prefix = np.repeat(prefix, np.where(prefix == IMAGE_SLOT, self.image_tokens, 1))
         return prefix, dict(zip(self.rules.answers, answers, strict=True))
 
     def arrays(self, groups, bucket, seed):
@@ -206,14 +211,16 @@ def _write(folder, records, prompter, rules, fingerprint):
     """Writes the files of a table."""
     folder.mkdir()
     dropped, notes = collections.Counter(), collections.Counter()
-    numbers, keys, prefix_lengths, answer_lengths, largest = [], [], [], [], 0
+    numbers, keys, prefix_lengths, answer_lengths, pictures, largest = [], [], [], [], [], 0
+    counts = iter(records.picture_counts()) if rules.pictures > 1 else itertools.repeat(1)
     with open(folder / "ids.int32", "wb") as file:
-        rows = enumerate(records.texts())
+        rows = zip(itertools.count(), records.texts(), counts, strict=False)
         while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-            for number, key, prefix, answers in _tokenise(some, prompter, rules, dropped, notes):
+            for number, key, prefix, answers, count in _tokenise(some, prompter, rules, dropped, notes):
                 numbers.append(number)
                 keys.append(key.encode())
-                prefix_lengths.append(len(prefix) - 1 + prompter.image_tokens)
+                pictures.append(count)
+                prefix_lengths.append(_length(prefix, count, prompter))
                 answer_lengths.append([len(answer) for answer in answers])
                 largest = max(largest, *prefix, *itertools.chain(*answers))
                 ids = np.array([*prefix, *itertools.chain(*_marked(answers, rules))], np.int32)
@@ -223,13 +230,15 @@ def _write(folder, records, prompter, rules, fingerprint):
         why = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         raise DataError(f"none of {records.rows} rows is usable: {why or 'there are none'}")
     prefix_lengths, answer_lengths = np.array(prefix_lengths, np.int32), np.array(answer_lengths, np.int32)
-    stored = prefix_lengths - prompter.image_tokens + 1 + answer_lengths.sum(axis=1)
+    pictures = np.array(pictures, np.int32)
+    stored = prefix_lengths - pictures * (prompter.image_tokens - 1) + answer_lengths.sum(axis=1)
     np.savez(
         folder / "lengths.npz",
         records=np.array(numbers, np.int32),
         keys=np.array(keys),
         prefix_lengths=prefix_lengths,
         answer_lengths=answer_lengths,
+        pictures=pictures,
         starts=np.cumsum(stored, dtype=np.int64) - stored,
     )
     report = {"fingerprint": fingerprint, "dropped": dropped, "notes": notes, "largest_id": largest}
@@ -237,23 +246,24 @@ def _write(folder, records, prompter, rules, fingerprint):
 
 
 def _tokenise(rows, prompter, rules, dropped, notes):
-    """Yields (number, key, prefix ids with one image slot, [answer ids]) of the usable ones of some rows."""
+    """Yields (number, key, prefix ids with a slot for each picture, [answer ids], pictures) of usable rows."""
     usable = []
-    for number, (key, question, answers) in rows:
+    for number, (key, question, answers), count in rows:
         reason = next((reason for name in rules.answers if (reason := _missing(name, answers))), None)
         if reason is None:
-            usable.append((number, key, question, [answers[name] for name in rules.answers]))
+            usable.append((number, key, question, int(count), [answers[name] for name in rules.answers]))
         else:
             dropped[reason] += 1
-    prefixes = prompter.prefixes([question for _, _, question, _ in usable], slots=1)
+    counts = [count for *_, count, _ in usable]
+    prefixes = prompter.prefixes([question for _, _, question, *_ in usable], slots=1, pictures=counts)
     all_answers = iter(prompter.answers([text for *_, texts in usable for text in texts]))
-    for (number, key, _, texts), prefix in zip(usable, prefixes, strict=True):
+    for (number, key, _, count, texts), prefix in zip(usable, prefixes, strict=True):
         answers = list(itertools.islice(all_answers, len(texts)))
         errors = [ids for ids in (prefix, *answers) if isinstance(ids, PromptError)]
         if errors:
             dropped[errors[0].reason] += 1
             continue
-        room = rules.max_tokens - (len(prefix) - 1 + prompter.image_tokens)
+        room = rules.max_tokens - _length(prefix, count, prompter)
         if room < 1:
             dropped["prefix_too_long"] += 1
             continue
@@ -272,7 +282,12 @@ def _tokenise(rows, prompter, rules, dropped, notes):
             notes["an answer is cut"] += 1
         if any(mark in text for mark in _SPECIAL_TEXTS for text in texts):
             notes["special text in an answer, read as text"] += 1
-        yield number, key, prefix, answers
+        yield number, key, prefix, answers, count
+
+
+def _length(prefix, pictures, prompter):
+    """Returns the tokens of a prefix that has one slot for each of its pictures."""
+    return len(prefix) + pictures * (prompter.image_tokens - 1)
 
 
 def _marked(answers, rules):

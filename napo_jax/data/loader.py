@@ -24,7 +24,7 @@ from napo_jax.data.records import DataError
 class Batch:
     """B groups of one bucket; numpy arrays of this process's rows, or JAX arrays of all rows."""
 
-    images: np.ndarray  # uint8[B, I, I, 3]
+    images: np.ndarray  # uint8[B, I, I, 3]; in a bucket of groups with several pictures, uint8[B, n, I, I, 3]
     prefix_ids: np.ndarray  # int32[B, P], with IMAGE_SLOT where image tokens go
     prefix_lengths: np.ndarray  # int32[B]
     answer_ids: np.ndarray  # int32[B, C, T]
@@ -162,15 +162,17 @@ class _Steps:
     def __getitem__(self, i):
         bucket, groups = self.order[self.start + i]
         groups = groups[slice(*self.rows)]
+        ours = self.buckets[bucket]
         return {
             "bucket": np.int32(bucket),
-            "arrays": self.table.arrays(groups, self.buckets[bucket], self.seed) | self._pictures(groups),
+            "arrays": self.table.arrays(groups, ours, self.seed) | self._pictures(groups, ours.pictures),
         }
 
-    def _pictures(self, groups):
-        """Returns what a batch holds of pictures, and what goes with them."""
+    def _pictures(self, groups, count):
+        """Returns what a batch holds of pictures, so many of each group, and what goes with them."""
         size = self.pictures.size
-        out = {"images": np.zeros((len(groups), size, size, 3), np.uint8)}
+        several = [count] if count > 1 else []
+        out = {"images": np.zeros((len(groups), *several, size, size, 3), np.uint8)}
         if "rejected_image" in self.extras:
             out["rejected_images"] = np.zeros_like(out["images"])
         if "region" in self.extras:
@@ -180,7 +182,11 @@ class _Steps:
             if group == NO_GROUP:
                 continue
             number = int(self.table.records[group])
-            out["images"][row] = self._picture(number, self.records.image(number))
+            if several:  # what a group has less of is black, and has no place in its prefix
+                for place, data in enumerate(self.records.images(number)):
+                    out["images"][row, place] = self._picture(number, data)
+            else:
+                out["images"][row] = self._picture(number, self.records.image(number))
             record = self.records[number] if len(out) > 1 else None
             if "rejected_images" in out:
                 out["rejected_images"][row] = self._picture(number, record.rejected_image)

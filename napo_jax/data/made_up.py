@@ -40,9 +40,9 @@ _WORDS = [
 class MadeUpRecords:
     """Records that are a function of a seed and their number; the same surface as `Records`."""
 
-    def __init__(self, count, *, seed=0, image_size=32, frame=_FRAME):
-        """Makes `count` records, with regions of a `Frame`."""
-        self.rows, self.seed, self.image_size = count, seed, image_size
+    def __init__(self, count, *, seed=0, image_size=32, frame=_FRAME, pictures=1):
+        """Makes `count` records, with regions of a `Frame`, and from 1 to `pictures` pictures each, in turn."""
+        self.rows, self.seed, self.image_size, self.pictures = count, seed, image_size, pictures
         self.dropped, self.frames = {}, {frame}
 
     def __len__(self):
@@ -60,11 +60,23 @@ class MadeUpRecords:
         mask[top : bottom + 1, left : right + 1] = True
         region = Region.of(mask, frame.rule, frame.exif)
         hard = float(self.difficulties()[number])
-        return Record(key, self.image(number), question, answers, self._picture(number, 3), region, hard)
+        image, *more = self.images(number)
+        return Record(key, image, question, answers, self._picture(number, 3), region, hard, tuple(more))
 
     def image(self, number):
         """Returns the picture of a record, a PNG."""
         return self._picture(number, 1)
+
+    def images(self, number):
+        """Returns all pictures of a record."""
+        return tuple(self._picture(number, 1 if which == 0 else 4 + which) for which in range(self._count(number)))
+
+    def picture_counts(self):
+        """Returns how many pictures each record has, int32[N]."""
+        return np.array([self._count(number) for number in range(self.rows)], np.int32)
+
+    def _count(self, number):
+        return 1 + number % self.pictures
 
     def _picture(self, number, which):
         random = np.random.default_rng([self.seed, number, which])
@@ -84,7 +96,8 @@ class MadeUpRecords:
     @property
     def fingerprint(self):
         """A digest of all records."""
-        return hashlib.sha256(repr((self.rows, self.seed, self.image_size, self.frames)).encode()).hexdigest()
+        parts = (self.rows, self.seed, self.image_size, self.frames, *([self.pictures] if self.pictures > 1 else []))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _texts(self, number):
         random = np.random.default_rng([self.seed, number, 0])

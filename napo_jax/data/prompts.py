@@ -77,14 +77,14 @@ class Prompter:
         self._context = f"{assistant}:"
         self._context_ids = self._tokenise(self._context)
 
-    def prefix(self, question, image=True):
+    def prefix(self, question, image=True, pictures=1):
         """Returns what `prefixes` does for one question, or raises its PromptError."""
-        (ids,) = self.prefixes([question], image)
+        (ids,) = self.prefixes([question], image, pictures=[pictures])
         if isinstance(ids, PromptError):
             raise ids
         return ids
 
-    def prefixes(self, questions, image=True, slots=None):
+    def prefixes(self, questions, image=True, slots=None, pictures=None):
         r"""Tokenises `{system} USER: <image>\n{question} ASSISTANT:`.
 
         As in the original code, the text before the picture and the text behind it are tokenised apart. An empty
@@ -96,15 +96,42 @@ class Prompter:
           image: whether there is a picture. Without it, its newline goes too, and the text is tokenised as one.
           slots: how many times IMAGE_SLOT stands in the place of the picture, `image_tokens` unless given: a table that
             keeps prefixes may keep one.
+          pictures: int of each question, how many it has; None: one each. Several stand where their `<image>` do in the
+            question, one for each picture; without any, in front of it, each in a line of its own. Another number of
+            them is an error, "image_markers".
 
         Returns:
           list[list[int]]. A question that cannot be used has a PromptError in its place, not raised.
         """
         slots = self.image_tokens if slots is None else slots
+        if image and pictures is not None and any(count > 1 for count in pictures):
+            alone = [question for question, count in zip(questions, pictures, strict=True) if count == 1]
+            found = iter(self.prefixes(alone, slots=slots))
+            around = lambda question, count: _attempt(lambda text: self._around_pictures(text, count, slots), question)
+            return [
+                next(found) if count == 1 else around(question, count)
+                for question, count in zip(questions, pictures, strict=True)
+            ]
         opening = self._bos + (self._opening_ids + [IMAGE_SLOT] * slots if image else [])
         begin = "\n" if image else self._opening
         write = lambda question: f"{begin}{_without_image(question)}{self._ending}"
         return self._each(questions, write, lambda encoding: opening + encoding.ids)
+
+    def _around_pictures(self, question, pictures, slots):
+        """Returns the ids of the prefix of a question about several pictures; the texts between them stand apart."""
+        question.encode()
+        places = question.count(IMAGE)
+        if not places:
+            question = f"{IMAGE}\n" * pictures + question
+        elif places != pictures:
+            raise PromptError(f"a question about {pictures} pictures has {places} {IMAGE}", "image_markers")
+        first, *texts = f"{self._opening}{question}{self._ending}".split(IMAGE)
+        # Each text is read as one of its own, before which sentencepiece puts a space, also where it has one. Some fast
+        # tokenizers then do not.
+        eaten = self._tokenise(" a") == self._tokenise("a")
+        behind = [self._tokenise(f" {text}" if eaten and text.startswith(" ") else text) for text in texts]
+        behind = [[IMAGE_SLOT] * slots + ids for ids in behind]
+        return [*self._bos, *self._tokenise(first), *itertools.chain.from_iterable(behind)]
 
     def answers(self, texts):
         """Tokenises ` {answer}` as it stands behind `ASSISTANT:`, and adds EOS: all that is trained, and no more.
@@ -148,10 +175,11 @@ class Prompter:
         return self._words.encode(text).ids
 
     def read_prefix(self, ids):
-        """Returns the text of a prefix, BOS and one `<image>` for all its slots included."""
+        """Returns the text of a prefix, BOS and one `<image>` for all slots of a picture included."""
         text = self._bos_text if ids[:1] == self._bos else ""
         for is_slot, run in itertools.groupby(ids, lambda token: token == IMAGE_SLOT):
-            text += IMAGE if is_slot else self._words.decode(list(run))
+            run = list(run)
+            text += IMAGE * -(-len(run) // self.image_tokens) if is_slot else self._words.decode(run)
         return text
 
     def read_answer(self, ids):

@@ -25,7 +25,17 @@ from etils import epath
 
 from napo_jax.data.regions import Frame
 from napo_jax.data.sources import SUFFIXES, DataError, match_columns, read_columns
-from napo_jax.data.store import Record, Store, convert, find_store, is_local, store_name, unpack, unpack_image
+from napo_jax.data.store import (
+    Record,
+    Store,
+    convert,
+    find_store,
+    is_local,
+    store_name,
+    unpack,
+    unpack_image,
+    unpack_images,
+)
 
 __all__ = ["DataError", "Record", "Records", "open_records"]
 
@@ -61,6 +71,10 @@ class Records:
         """Returns the encoded picture of a record, and does not look at its texts."""
         return unpack_image(self._read(number))
 
+    def images(self, number) -> tuple[bytes, ...]:
+        """Returns all encoded pictures of a record, and does not look at its texts."""
+        return unpack_images(self._read(number))
+
     def texts(self) -> Iterator[tuple[str, str, dict[str, str]]]:
         """Yields (key, question, answers) of all records in order, and reads no picture."""
         for store in self._stores:
@@ -69,6 +83,10 @@ class Records:
     def difficulties(self) -> np.ndarray:
         """Returns how hard each record is, float64[N]."""
         return np.concatenate([store.difficulties() for store in self._stores])
+
+    def picture_counts(self) -> np.ndarray:
+        """Returns how many pictures each record has, int32[N]."""
+        return np.concatenate([store.picture_counts() for store in self._stores])
 
     @property
     def fingerprint(self) -> str:
@@ -89,6 +107,7 @@ def open_records(
     columns: Mapping[str, str] | None = None,
     answers: Sequence[str] = (),
     extras: Sequence[str] = (),
+    pictures: int = 1,
     image_root: str | os.PathLike | None = None,
     cache: str | os.PathLike | None = None,
     exif: bool = False,
@@ -98,10 +117,10 @@ def open_records(
     """Opens source files, each of which is converted the first time.
 
     At that time every row is checked, down to the last pixel of its picture, so that training meets no bad one. Rows
-    that make no record are counted: `no_image`, `several_images`, `image_outside_root`, `image_missing`, the reasons
-    of `ImageError`, `no_question` (none, blank, or no text) and `several_messages` (a prompt with more than one); where
-    they are asked for, `no_region`, `bad_region`, `no_difficulty`, and the reasons of pictures with `rejected_image`
-    for `image`.
+    that make no record are counted: `no_image`, `several_images` (or `too_many_images`, where there may be several),
+    `image_outside_root`, `image_missing`, the reasons of `ImageError`, `no_question` (none, blank, or no text) and
+    `several_messages` (a prompt with more than one); where they are asked for, `no_region`, `bad_region`,
+    `no_difficulty`, and the reasons of pictures with `rejected_image` for `image`.
 
     A file is converted again when its name, size or time of change is new, or when an argument here is; a picture that
     changes under its path is not noticed. The cache may be deleted whenever nothing reads it.
@@ -111,6 +130,7 @@ def open_records(
       columns: our name -> the file's column, for `image`, `question` and answers. Names not known are more answers.
       answers: those that every file must have a column for.
       extras: those of `sources.EXTRAS` that every row must have; otherwise they are not read.
+      pictures: the most of a row.
       image_root: the folder that paths of pictures are relative to; by default, that of the file that names them.
       cache: a local folder, which hosts may share; by default `napo_jax/records` in $XDG_CACHE_HOME or ~/.cache.
       exif: whether pictures will be turned as their EXIF says; see `napo_jax.data.images.decode`.
@@ -129,11 +149,14 @@ def open_records(
     mapping, sources = dict(columns or {}), []
     for file in files:  # all of them, before the first is converted
         root = file.parent if image_root is None else _absolute(image_root)
-        folder = cache.absolute() / store_name(file, sorted(mapping.items()), str(root), exif, sorted(extras))
+        options = (sorted(mapping.items()), str(root), exif, sorted(extras), *([pictures] if pictures > 1 else []))
+        folder = cache.absolute() / store_name(file, *options)
         store = find_store(folder)
         there = store.columns if store else read_columns(file)
-        sources.append((file, root, folder, store, there, match_columns(file, there, mapping, answers, extras)))
-    settings = {"exif": exif, "workers": workers or os.cpu_count(), "report": report or _print}
+        sources.append(
+            (file, root, folder, store, there, match_columns(file, there, mapping, answers, extras, pictures))
+        )
+    settings = {"exif": exif, "pictures": pictures, "workers": workers or os.cpu_count(), "report": report or _print}
     stores = [
         store or convert(file, folder, there, found, image_root=root, **settings)
         for file, root, folder, store, there, found in sources

@@ -1,7 +1,7 @@
 """The rows of a source file, parquet or JSONL, with their picture, question and answers found.
 
 Two layouts are known by their columns. RLAIF-V's has `image`, `question` and a column for each answer; TRL's for
-preferences about pictures has `images`, a list of one, and `prompt` and the answers as texts or as conversations.
+preferences about pictures has `images`, a list, and `prompt` and the answers as texts or as conversations.
 """
 
 import contextlib
@@ -57,6 +57,7 @@ class Row(NamedTuple):
     image: bytes | str  # encoded, or a path under the image root
     question: str
     answers: dict[str, str]  # by name, those that are text
+    more_images: tuple[bytes | str, ...] = ()  # those behind the first, where a row may have several
 
 
 def read_columns(file) -> list[str]:
@@ -73,7 +74,12 @@ def read_columns(file) -> list[str]:
 
 
 def match_columns(
-    file, there: Sequence[str], mapping: Mapping[str, str], answers: Sequence[str], extras: Sequence[str] = ()
+    file,
+    there: Sequence[str],
+    mapping: Mapping[str, str],
+    answers: Sequence[str],
+    extras: Sequence[str] = (),
+    pictures: int = 1,
 ) -> dict[str, str]:
     """Returns {our name: column}.
 
@@ -83,12 +89,14 @@ def match_columns(
       mapping: our name -> its column; names beyond those known are more answers.
       answers: those that must have a column.
       extras: those of `EXTRAS` that must; the others are not looked for.
+      pictures: the most of a row; where it may have several, their list comes before the one of them.
 
     Raises:
       DataError: there is no picture, no question, not one of `answers` or `extras`, or not a column that `mapping`
         names.
     """
-    known = _COLUMNS | {name: (column,) for name, column in mapping.items()}
+    several = {"image": _COLUMNS["image"][::-1]} if pictures > 1 else {}
+    known = _COLUMNS | several | {name: (column,) for name, column in mapping.items()}
     for name in set(EXTRAS) - set(extras):
         del known[name]
     found = {name: next((column for column in columns if column in there), None) for name, columns in known.items()}
@@ -106,27 +114,30 @@ def read_batches(file, columns: Mapping[str, str]) -> Iterator[list[dict[str, An
     return (_read_json if _is_json(file) else _read_parquet)(file, columns)
 
 
-def parse(values: Mapping[str, Any]) -> Row:
-    """Returns what a row holds; raises RowError where it has no picture or no question."""
-    image = read_image(values.get("image"))
-    question = read_question(values.get("question"))
+def parse(values: Mapping[str, Any], pictures: int = 1) -> Row:
+    """Returns what a row of so many pictures at most holds; raises RowError where it has none, more or no question."""
+    image, *more = read_images(values.get("image"), pictures)
+    question = read_question(values.get("question"), pictures)
     answers = {
         name: read_text(value, "assistant") for name, value in values.items() if name not in (*_REQUIRED, *EXTRAS)
     }
-    return Row(image, question, {name: text for name, text in answers.items() if text is not None})
+    return Row(image, question, {name: text for name, text in answers.items() if text is not None}, tuple(more))
 
 
-def read_question(value) -> str:
-    """Returns the text of a question's column; raises RowError where there is none."""
+def read_question(value, pictures: int = 1) -> str:
+    """Returns the text of a question's column; raises RowError where there is none.
+
+    Several pictures among the parts of a message, where there may be several, leave `<image>` in their places.
+    """
     if isinstance(value, list):
         if len(value) > 1:
             raise RowError("several_messages")
         parts = value[0].get("content") if value and isinstance(value[0], dict) else None
-        if (
-            isinstance(parts, list)
-            and sum(isinstance(part, dict) and part.get("type") == "image" for part in parts) > 1
-        ):
-            raise RowError("several_images")
+        if isinstance(parts, list) and len(_of_type(parts, "image")) > 1:
+            if pictures == 1:
+                raise RowError("several_images")
+            mark = {"type": "text", "text": "<image>"}
+            value = [value[0] | {"content": [mark if _of_type([part], "image") else part for part in parts]}]
     text = read_text(value, "user")
     if text is None or not text.strip():
         raise RowError("no_question")
@@ -168,6 +179,15 @@ def read_image(value) -> bytes | str:
     if not isinstance(value, bytes) and not (isinstance(value, str) and value):
         raise RowError("no_image")
     return value
+
+
+def read_images(value, most: int) -> list[bytes | str]:
+    """Returns what the pictures' column holds, each as `read_image` does; raises RowError where there are too many."""
+    if most == 1 or not isinstance(value, list) or len(value) < 2:
+        return [read_image(value)]
+    if len(value) > most:
+        raise RowError("too_many_images")
+    return [read_image([each]) for each in value]
 
 
 def _join(parts):

@@ -38,10 +38,11 @@ _TEXT_SCHEMA = pa.schema(
         "question": pa.string(),
         "answers": pa.map_(pa.string(), pa.string()),
         "difficulty": pa.float64(),
+        "pictures": pa.int32(),
     }
 )
 _TEXT_BATCH = 1024
-PICTURE_DIGITS = 16  # of a record's key: those of its picture
+PICTURE_DIGITS = 16  # of a record's key: those of its picture, or of all its pictures together
 
 
 class Record(NamedTuple):
@@ -54,6 +55,12 @@ class Record(NamedTuple):
     rejected_image: bytes | None = None  # encoded, as `image`; this and the region only where they were asked for
     region: Region | None = None
     difficulty: float | None = None  # how hard it is; no part of the key
+    more_images: tuple[bytes, ...] = ()  # encoded, those behind the first, where a record may have several
+
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        """All its encoded pictures, in order."""
+        return self.image, *self.more_images
 
 
 class Store(NamedTuple):
@@ -90,6 +97,11 @@ class Store(NamedTuple):
         columns = [batch.column("difficulty").to_numpy(zero_copy_only=False) for batch in batches]
         return np.concatenate(columns) if columns else np.zeros(0)
 
+    def picture_counts(self) -> np.ndarray:
+        """Returns how many pictures each record has, int32[N]."""
+        columns = [batch.column("pictures").to_numpy() for batch in self._text_batches(["pictures"])]
+        return np.concatenate(columns) if columns else np.zeros(0, np.int32)
+
     def _text_batches(self, names):
         with pq.ParquetFile(os.path.join(self.folder, _TEXTS)) as file:
             yield from file.iter_batches(_TEXT_BATCH, columns=names)
@@ -116,7 +128,7 @@ def store_name(file, *settings) -> str:
     return hashlib.blake2b(json.dumps([_FORMAT, str(file), *version, *settings]).encode(), digest_size=16).hexdigest()
 
 
-def convert(file, folder, there, columns, *, image_root, exif, workers, report) -> Store:
+def convert(file, folder, there, columns, *, image_root, exif, workers, report, pictures=1) -> Store:
     """Converts a file, unless another process just did: who comes second waits for the first.
 
     Args:
@@ -128,6 +140,7 @@ def convert(file, folder, there, columns, *, image_root, exif, workers, report) 
       exif: whether pictures will be turned as their EXIF says.
       workers: threads that check pictures.
       report: called with one line when it is done.
+      pictures: the most of a row.
     """
     with _lock(folder.with_suffix(".lock")):
         if not folder.exists():
@@ -135,7 +148,8 @@ def convert(file, folder, there, columns, *, image_root, exif, workers, report) 
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
             aside.mkdir()
             try:
-                counts = _write(aside, file, columns, image_root, exif, workers, report)
+                check = functools.partial(check_row, image_root=real_root(image_root), exif=exif, pictures=pictures)
+                counts = _write(aside, file, columns, check, workers, report)
                 (aside / _SUMMARY).write_text(json.dumps(counts | {"columns": there}))
                 aside.rename(folder)
             except OSError:
@@ -146,17 +160,19 @@ def convert(file, folder, there, columns, *, image_root, exif, workers, report) 
     return find_store(folder)
 
 
-def check_row(values, image_root, exif) -> Record | str:
+def check_row(values, image_root, exif, pictures=1) -> Record | str:
     """Returns the record of a row, its picture read to the end, or the reason why there is none.
 
     Args:
       values: {our name: value}, as `sources.read_batches` yields them.
       image_root: the folder that paths of pictures start from, as `real_root` returns it.
       exif: whether pictures will be turned as their EXIF says.
+      pictures: the most of a row.
     """
     try:
-        row = parse(values)
+        row = parse(values, pictures)
         image = _check_picture(row.image, image_root, exif)
+        more = tuple(_check_picture(each, image_root, exif) for each in row.more_images)
         region = read_region(values["region"]) if "region" in values else None
         difficulty = read_difficulty(values["difficulty"]) if "difficulty" in values else None
     except (RowError, ImageError) as error:
@@ -167,7 +183,8 @@ def check_row(values, image_root, exif) -> Record | str:
             rejected = _check_picture(read_image(values["rejected_image"]), image_root, exif)
         except (RowError, ImageError) as error:
             return error.reason.replace("image", "rejected_image")
-    return Record(_key(image, row, rejected, region), image, row.question, row.answers, rejected, region, difficulty)
+    key = _key((image, *more), row, rejected, region)
+    return Record(key, image, row.question, row.answers, rejected, region, difficulty, more)
 
 
 def _check_picture(image, image_root, exif) -> bytes:
@@ -206,15 +223,22 @@ def read_picture(root, name) -> bytes:
 def unpack(data: bytes) -> Record:
     """Returns the record that an entry of the ArrayRecord file holds."""
     start, end = _image_place(data)
-    key, question, answers, region, difficulty = json.loads(data[8:start])
+    key, question, answers, region, difficulty, *lengths = json.loads(data[8:start])
     if region is not None:
         region = Region(Frame(*region[:-1]), base64.b64decode(region[-1]))
-    return Record(key, data[start:end], question, answers, data[end:] or None, region, difficulty)
+    more, rest = _cut(data[end:], lengths)
+    return Record(key, data[start:end], question, answers, rest or None, region, difficulty, more)
 
 
 def unpack_image(data: bytes) -> bytes:
-    """Returns its picture alone."""
+    """Returns its picture alone, the first of several."""
     return data[slice(*_image_place(data))]
+
+
+def unpack_images(data: bytes) -> tuple[bytes, ...]:
+    """Returns its pictures alone."""
+    start, end = _image_place(data)
+    return data[start:end], *_cut(data[end:], json.loads(data[8:start])[5:])[0]
 
 
 def is_local(path) -> bool:
@@ -223,12 +247,21 @@ def is_local(path) -> bool:
 
 
 def _pack(record):
-    """Returns the lengths of a JSON header and of the picture, the header, the picture, and the rejected one if any."""
+    """Returns the lengths of a JSON header and of the picture, the header, the pictures, and the rejected one if any.
+
+    The lengths of pictures behind the first end the header.
+    """
     region = record.region and [*record.region.frame, base64.b64encode(record.region.bits).decode()]
-    parts = [record.key, record.question, record.answers, region, record.difficulty]
+    parts = [record.key, record.question, record.answers, region, record.difficulty, *map(len, record.more_images)]
     header = json.dumps(parts, ensure_ascii=False).encode()
     lengths = b"".join(len(part).to_bytes(4, "little") for part in (header, record.image))
-    return lengths + header + record.image + (record.rejected_image or b"")
+    return lengths + header + b"".join(record.images) + (record.rejected_image or b"")
+
+
+def _cut(data, lengths):
+    """Returns the pieces of some lengths that data begins with, and the rest."""
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return tuple(data[start:end] for start, end in itertools.pairwise(ends)), data[ends[-1] :]
 
 
 def _image_place(data):
@@ -244,10 +277,8 @@ def _lock(file):
         yield
 
 
-def _write(folder, file, columns, image_root, exif, workers, report):
+def _write(folder, file, columns, check, workers, report):
     start, rows, records, dropped, texts, frames = time.monotonic(), 0, 0, Counter(), [], set()
-    image_root = real_root(image_root)
-    check = functools.partial(check_row, image_root=image_root, exif=exif)
     with (
         contextlib.closing(ArrayRecordWriter(str(folder / _RECORDS), "group_size:1,uncompressed")) as writer,
         pq.ParquetWriter(folder / _TEXTS, _TEXT_SCHEMA) as text_writer,
@@ -261,7 +292,8 @@ def _write(folder, file, columns, image_root, exif, workers, report):
                     continue
                 writer.write(_pack(outcome))
                 answers = list(outcome.answers.items())
-                texts.append((outcome.key, outcome.question, answers, outcome.difficulty))
+                count = len(outcome.images)
+                texts.append((outcome.key, outcome.question, answers, outcome.difficulty, count))
                 if outcome.region is not None:
                     frames.add(outcome.region.frame)
                 records += 1
@@ -283,12 +315,12 @@ def _text_batch(texts):
     return pa.RecordBatch.from_arrays(arrays, schema=_TEXT_SCHEMA)
 
 
-def _key(image, row, rejected, region):
+def _key(images, row, rejected, region):
     digest = hashlib.blake2b(digest_size=16)
     texts = [row.question, *itertools.chain.from_iterable(sorted(row.answers.items()))]
     extras = [] if rejected is None else [b"rejected_image", rejected]
     extras += [] if region is None else [b"region", repr(region.frame).encode(), region.bits]
-    for part in (image, *(text.encode() for text in texts), *extras):
+    for part in (*images, *(text.encode() for text in texts), *extras):
         digest.update(len(part).to_bytes(8, "little"))  # so that what ends one part cannot begin the next
         digest.update(part)
-    return hashlib.blake2b(image, digest_size=PICTURE_DIGITS // 2).hexdigest() + digest.hexdigest()
+    return hashlib.blake2b(b"".join(images), digest_size=PICTURE_DIGITS // 2).hexdigest() + digest.hexdigest()

@@ -74,7 +74,7 @@ class Groups(NamedTuple):
     """A batch of groups: M prefixes and C answers each, right-padded."""
 
     images: jax.Array  # float32[B, M, I, I, 3], normalised; several pictures of one prefix as [B, M, n, I, I, 3]
-    prefix_ids: jax.Array  # int32[B, M, P], with IMAGE_SLOT where image tokens go: all of them, or none
+    prefix_ids: jax.Array  # int32[B, M, P], with IMAGE_SLOT where image tokens go: those of the first pictures, or none
     prefix_lengths: jax.Array  # int32[B, M], at least 1
     answer_ids: jax.Array  # int32[B, C, T], ending in </s>
     answer_lengths: jax.Array  # int32[B, C], 0 for an answer that is not there
@@ -175,9 +175,12 @@ class _Network(nn.Module):
             features = self.projector(features)
             features = keep_rows(features.reshape(*slots.shape[:2], -1, features.shape[-1]))
         # A picture with some of its tokens cut off trains on in silence elsewhere. What is compiled cannot raise, so a
-        # prefix whose slots are neither all nor none of its image tokens comes out as NaN.
+        # prefix whose slots are neither all nor none of a picture's tokens comes out as NaN.
         count = jnp.sum(slots & (jnp.arange(slots.shape[2])[None, None] < prefix_lengths[..., None]), axis=-1)
-        return features, (count == 0) | (count == features.shape[2])
+        each = self.config.vision.image_tokens
+        if features.shape[2] == each:
+            return features, (count == 0) | (count == each)
+        return features, (count % each == 0) & (count <= features.shape[2])  # pictures at the end may have no slots
 
 
 def layers_apart(params):
@@ -274,7 +277,8 @@ class Llava:
         Args:
           params: the parameter tree.
           images: float32[B, I, I, 3], normalised; of no matter to a prompt without image tokens. None if all are such.
-          ids: int32[B, P], right-padded, with IMAGE_SLOT where image tokens go: all of them, or none.
+            Several pictures a prompt as [B, n, I, I, 3].
+          ids: int32[B, P], right-padded, with IMAGE_SLOT where image tokens go: those of the first pictures, or none.
           lengths: int32[B].
 
         Returns:

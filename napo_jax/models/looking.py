@@ -1,0 +1,73 @@
+"""Where answers look: the attention that their tokens pay to each token of their prefix, in every layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from napo_jax.models.attention import attend
+from napo_jax.models.layout import Layout
+from napo_jax.models.llava import check_groups
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Looking:
+    """Every stream of a layout over what it may see; what is kept is where answers look."""
+
+    prefix_lengths: jax.Array  # int32[B, M]
+    answer_lengths: jax.Array  # int32[B, C]
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    backend: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, q, k, v, kept):
+        """Maps q float[B, S, H, K] and k, v float[B, S, G, K] to (float[B, S, H, K], float32[B, C, P])."""
+        del kept
+        out = attend(q, k, v, self.layout, self.prefix_lengths, self.answer_lengths, self.backend)
+        return out, self._attention(q, k)
+
+    def _attention(self, q, k):
+        """Returns the attention to each token of the prefix, its mean over heads and over an answer's tokens."""
+        layout = self.layout
+        _, queries = layout.split(q)
+        prefix, own = layout.split(k)
+        queries = queries.reshape(*queries.shape[:3], k.shape[2], -1, q.shape[-1])
+        queries = queries * np.float32(q.shape[-1] ** -0.5).astype(q.dtype)
+        product = lambda keys: jnp.einsum("bctgrk,bcsgk->bctgrs", queries, keys, preferred_element_type=jnp.float32)
+        there = jnp.arange(layout.prefix_tokens)[None, None] < layout.of_cells(self.prefix_lengths)[..., None]
+        on_prefix = jnp.where(there[:, :, None, None, None], product(layout.of_cells(prefix)), -jnp.inf)
+        causal = np.tri(layout.answer_tokens, dtype=bool)
+        on_own = jnp.where(causal[None, None, :, None, None], product(own), -jnp.inf)
+        weights = jax.nn.softmax(jnp.concatenate([on_prefix, on_own], axis=-1), axis=-1)
+        weights = weights[..., : layout.prefix_tokens].mean(axis=(3, 4))  # [B, C, T, P]
+        said = jnp.arange(layout.answer_tokens)[None, None] < self.answer_lengths[..., None]
+        total = jnp.where(said[..., None], weights, 0).sum(axis=2)
+        return total / jnp.maximum(self.answer_lengths, 1)[..., None].astype(jnp.float32)
+
+
+def looks(model, params, groups, cell_image):
+    """Computes where answers look.
+
+    Args:
+      model: `Llava`.
+      params: its parameters.
+      groups: `Groups`; an answer's tokens are those whose attention counts, so that </s> is left out of its length.
+      cell_image: for each of the C cells, the index of the prefix that it continues.
+
+    Returns:
+      float32[L, B, C, P]: the attention of each layer to each token of the prefix, its mean over heads and over an
+      answer's tokens. What is missing to 1 went to the answer itself.
+    """
+    check_groups(groups, cell_image, model.config)
+    return model._apply(params, *groups[:5], cell_image, method=_looks)
+
+
+def _looks(network, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, cell_image):
+    layout = Layout(prefix_ids.shape[2], answer_ids.shape[2], prefix_ids.shape[1], cell_image)
+    network._check_positions(layout.prefix_tokens + layout.answer_tokens)
+    prefix = network._embed_prefixes(images, prefix_ids, prefix_lengths)
+    embeddings = layout.join(prefix, network.language.embed(answer_ids))
+    mix = Looking(prefix_lengths, answer_lengths, layout, network.config.attention)
+    with jax.named_scope("language"):
+        return network.language(embeddings, layout.positions(prefix_lengths), mix)[1]
