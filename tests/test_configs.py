@@ -29,6 +29,8 @@ TRAINED = {
     "llava7b": 6_738_415_616 + 20_979_712,
     "llava13b": 13_015_864_320 + 31_467_520,
     **dict.fromkeys(("llava7b_lora", "mfpo7b", "mdpo7b"), 32 * 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008))),
+    # The decoder's adapters, and a row of a head with its bias.
+    "reward7b": 32 * 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) + 4096 + 1,
     "mrpo7b": 32 * 64 * 2 * (4096 + 4096),
     "rdpo7b": 32 * 128 * 4 * (4096 + 4096),
 }
