@@ -22,7 +22,7 @@ def write_owl(folder):
     text |= {"pad_token_id": 0, "bos_token_id": vocabulary["<s>"], "eos_token_id": vocabulary["</s>"]}
     vision = shape | {"image_size": 32, "patch_size": 8}
     torch.manual_seed(3)
-    config = transformers.OwlViTConfig(text_config=text, vision_config=vision, projection_dim=16)
+    config = transformers.OwlViTConfig(text_config=text, vision_config=vision, projection_dim=32)
     model = transformers.OwlViTForObjectDetection(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,4 +90,4 @@ def write_dino(folder):
     return folder
 
 
-_DINO = {"layers": 1, "attention_heads": 4, "ffn_dim": 32}
+_DINO = {"layers": 2, "attention_heads": 4, "ffn_dim": 32}
