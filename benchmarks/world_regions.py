@@ -1,6 +1,6 @@
 """Does the model's own evidence find what an answer names? On the small world, where every thing's place is known.
 
-    python benchmarks/world_regions.py [--rows 512]
+    python benchmarks/world_regions.py [--rows 512] [--grounder attention]
 
 `build_regions` marks the pictures of pairs whose chosen answers name things that are there, with the shipped base
 model. *Covered* is the share of the named things' cells that are marked, *precise* the share of marked cells that hold
@@ -34,13 +34,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--share", type=float, default=Options.share)
+    parser.add_argument("--grounder", choices=("evidence", "attention"), default="evidence")
+    parser.add_argument("--layers", type=float, nargs=2, default=Options.layers)
     options = parser.parse_args()
     found = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "in" / "pairs.parquet"
         pairs.parent.mkdir()
         write_pairs(pairs, options.rows, seed=SEED)
-        build(cure(), Options(input=(str(pairs),), output=f"{folder}/out", share=options.share, batch=64))
+        how = {"share": options.share, "grounder": options.grounder, "layers": tuple(options.layers)}
+        build(cure(), Options(input=(str(pairs),), output=f"{folder}/out", batch=64, **how))
         for row in pq.read_table(f"{folder}/out/pairs.parquet").to_pylist():
             scene, asked, _ = draw_pair(SEED, row["idx"])
             truth = true_mask(scene, asked)
@@ -55,7 +58,8 @@ def main():
     for kind in (*KINDS, "all"):
         covered, precise, marked, named = np.mean(found[kind], axis=0)
         print(f"| {kind} | {len(found[kind])} | {covered:.2f} | {marked:.2f} | {precise:.2f} | {named:.2f} |")
-    print(json.dumps({"benchmark": "world_regions", "covered": round(covered, 3), "ratio": round(precise / named, 2)}))
+    said = {"benchmark": "world_regions", "grounder": options.grounder, "covered": round(covered, 3)}
+    print(json.dumps(said | {"ratio": round(precise / named, 2)}))
 
 
 if __name__ == "__main__":

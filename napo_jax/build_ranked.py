@@ -1,8 +1,9 @@
 """Makes pairs of drawn answers: `python -m napo_jax.build_ranked --config FILE --clip CLIP --input FILES --output DIR`.
 
 Of the answers that `build_difficulty` drew for each row, CLIP tells which fits the picture best and which least: the
-columns `fits` and `fits_least` (CLIP-DPO). A row whose two are too much alike has none; `ranked_fault` says why, and it
-is counted. The same command, given again, goes on where it was; it takes one process.
+columns `fits` and `fits_least` (CLIP-DPO). With `--reward RUN` in place of `--clip CLIP`, a reward model tells it. A
+row whose two are too much alike has none; `ranked_fault` says why, and it is counted. The same command, given again,
+goes on where it was; it takes one process.
 """
 
 import collections
@@ -14,26 +15,19 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from napo_jax.answer_scores import Asked, ByClip, ByReward
 from napo_jax.bias.inputs import open_inputs, read_rows, write_output
 from napo_jax.command import exit_with_one_line
 from napo_jax.config import Config, parse
-from napo_jax.data.images import decode, fit
 from napo_jax.data.sources import DataError, read_columns
 from napo_jax.journal import exit_when_stopped, raise_if_asked
 from napo_jax.metrics import Console
 from napo_jax.model_source import absolute
-from napo_jax.models.clip_pair import load_clip
 from napo_jax.pieces import read_manifest, write_durably, write_manifest
 from napo_jax.preemption import StopSignal
 from napo_jax.row_pieces import RowPieces
 
 BOOKS, SUMMARY = "ranking", "ranking/report.json"
-_FIELDS = [
-    pa.field("fits", pa.string()),
-    pa.field("fits_least", pa.string()),
-    pa.field("clip_scores", pa.list_(pa.float32())),
-    pa.field("ranked_fault", pa.string()),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +40,23 @@ class Options:
     output: str | None = None
     # A folder of a whole CLIP checkpoint, such as openai/clip-vit-large-patch14-336.
     clip: str | None = None
+    # In its place, a reward model: the workdir of its run, or the folder that was exported of it.
+    reward: str | None = None
     # The column of the answers, a list of texts.
     answers: str = "drawn"
-    # Whether CLIP reads the question before each answer, for answers that say little alone.
+    # Whether CLIP reads the question before each answer, for answers that say little alone; a reward model always does.
     with_question: bool = False
-    # How much better the best must fit than the other one: of 100 times the cosine. CLIP-DPO has 2.
-    gap: float = 2.0
+    # How much better the best must fit than the other one. None: 2 of 100 times the cosine, as in CLIP-DPO; any of
+    # rewards.
+    gap: float | None = None
     # How many times as many words the longer of the two may have. CLIP-DPO asks for similar lengths, with no number.
     longer: float = 1.5
-    # The least that the best must fit. CLIP-DPO drops pictures that nothing fits, and does not say where it cuts.
-    least: float = 0.0
+    # The least that the best must fit. CLIP-DPO drops pictures that nothing fits, and does not say where it cuts. None:
+    # 0 of the cosine, and any reward.
+    least: float | None = None
     # Say what would be done, and do nothing.
     dry_run: bool = False
-    # Rows that are computed at a time.
+    # Rows that are computed at a time; for a reward model on each device of mesh.data x mesh.fsdp.
     batch: int = 16
     # Rows that are written at a time: as many may be lost when the process is killed.
     piece: int = 256
@@ -68,25 +66,22 @@ class Options:
         for name in ("batch", "piece"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.gap < 0 or self.longer < 1:
+        if (self.gap or 0) < 0 or self.longer < 1:
             raise ValueError(f"gap must not be negative and longer at least 1, got {self.gap} and {self.longer}")
+        if self.clip is not None and self.reward is not None:
+            raise ValueError("answers are ranked by --clip or by --reward, not by both: leave one out")
+        if self.reward is not None and self.with_question:
+            raise ValueError("a reward model always reads the question: leave out --with-question")
 
 
 class Scored(NamedTuple):
-    """How well the answers to a row fit its picture."""
+    """How good the answers to a row are."""
 
     scores: list[float] | None  # of each answer
     fault: str | None  # why there are none
 
 
-class _Asked(NamedTuple):
-    """A row that can be scored."""
-
-    picture: np.ndarray  # uint8[I, I, 3]
-    texts: list[str]
-
-
-def choose(texts, scores, options) -> tuple[str | None, str | None, str | None]:
+def choose(texts, scores, *, gap, longer, least) -> tuple[str | None, str | None, str | None]:
     """Returns the answer that fits best, the one that fits least, and why there is no such pair.
 
     Answers of another length than the best are passed over.
@@ -94,21 +89,23 @@ def choose(texts, scores, options) -> tuple[str | None, str | None, str | None]:
     Args:
       texts: the answers.
       scores: float[N], how well each fits.
-      options: `Options`.
+      gap: how much better the best must fit than the other one.
+      longer: how many times as many words the longer of the two may have.
+      least: the least that the best must fit; None for any.
     """
     best = int(np.argmax(scores))
-    if scores[best] < options.least:
+    if least is not None and scores[best] < least:
         return None, None, "fits_badly"
     words = [max(len(text.split()), 1) for text in texts]
     others = [number for number, text in enumerate(texts) if text != texts[best]]
     if not others:
         return None, None, "all_the_same"
     length = words[best]
-    alike = [n for n in others if max(words[n], length) <= options.longer * min(words[n], length)]
+    alike = [n for n in others if max(words[n], length) <= longer * min(words[n], length)]
     if not alike:
         return None, None, "other_lengths"
     worst = min(alike, key=lambda number: scores[number])
-    if scores[best] - scores[worst] < options.gap:
+    if scores[best] - scores[worst] < gap:
         return None, None, "small_gap"
     return texts[best], texts[worst], None
 
@@ -118,34 +115,40 @@ class Job:
 
     def __init__(self, config: Config, options: Options):
         """Looks at the files and what was done so far; raises one line if something cannot be used."""
-        if not options.input or options.output is None or options.clip is None:
+        if not options.input or options.output is None or (options.clip is None and options.reward is None):
             raise ValueError(
-                "say what to read and where to write: --clip CLIP --input drawn/*.parquet --output ranked/"
+                "say what to read and where to write: --clip CLIP --input drawn/*.parquet --output ranked/, or "
+                "--reward RUN in place of --clip"
             )
         self.options, self.data, self.folder = options, config.data, absolute(options.output)
         columns = dict(config.data.columns) | {"answers": options.answers}
-        self.inputs = open_inputs(
-            options.input, [field.name for field in _FIELDS], columns, self.folder, suffixes=("",)
-        )
+        column = (ByClip if options.reward is None else ByReward).column
+        self.fields = [pa.field(name, pa.string()) for name in ("fits", "fits_least", "ranked_fault")]
+        self.fields.insert(2, pa.field(column, pa.list_(pa.float32())))
+        names = [field.name for field in self.fields]
+        self.inputs = open_inputs(options.input, names, columns, self.folder, suffixes=("",))
         for file in self.inputs:
             if options.answers not in read_columns(file.path):
                 raise DataError(f"{file.path} has no column {options.answers} of drawn answers; see build_difficulty")
-        self.clip = load_clip(options.clip)
+        if options.reward is None:
+            self.judge = ByClip(config, options.clip, with_question=options.with_question, batch=options.batch)
+        else:
+            self.judge = ByReward(config, options.reward, batch=options.batch)
         self.root = config.data.image_root and str(absolute(config.data.image_root))
         self.books = self.folder / BOOKS
-        self.settings = {
-            "clip": str(absolute(options.clip)),
+        self.settings = self.judge.settings | {
             "answers": options.answers,
-            "with_question": options.with_question,
             "piece": options.piece,
             "columns": config.data.columns,
             "image_root": self.root,
-            "exif": config.data.exif,
             "inputs": {file.path.name: file.bytes for file in self.inputs},
         }
         self.manifest = read_manifest(self.books, self.settings)
         self.pieces = RowPieces(self.books, [file.rows for file in self.inputs], options.piece, Scored)
-        self.written = {name: getattr(options, name) for name in ("gap", "longer", "least")}
+        # What is not told, the judge decides.
+        told = {name: getattr(options, name) for name in ("gap", "least")}
+        told = {name: getattr(self.judge, name) if value is None else value for name, value in told.items()}
+        self.written = told | {"longer": options.longer}
 
     def score(self, console, check):
         """Scores the rows that lack it."""
@@ -162,16 +165,17 @@ class Job:
                 else:
                     waiting.append((row, asked))
                 check()
-            for start in range(0, len(waiting), self.options.batch):
-                some = waiting[start : start + self.options.batch]
-                scores = self._scores([asked for _, asked in some])
-                found |= {row: Scored(each, None) for (row, _), each in zip(some, scores, strict=True)}
+            waiting.sort(key=lambda each: each[1].tokens)  # rows of like lengths together, so that little is padding
+            for start in range(0, len(waiting), self.judge.batch):
+                some = waiting[start : start + self.judge.batch]
+                for (row, _), scores in zip(some, self.judge.scores([asked for _, asked in some]), strict=True):
+                    found[row] = Scored([round(score, 4) for score in scores], None)
                 check()
             self.pieces.write(number, rows, found)
             done += len(rows)
             console.progress(f"{done} of {total} rows")
 
-    def _ask(self, _, record, values) -> "_Asked | Scored":
+    def _ask(self, _, record, values) -> Asked | Scored:
         """Returns what is to be scored of a row, or why nothing is; called on threads."""
         if isinstance(record, str):
             return Scored(None, record)
@@ -182,17 +186,8 @@ class Job:
             or not all(isinstance(text, str) and text.strip() for text in texts)
         ):
             return Scored(None, "no_answers")
-        # As CLIP was trained: the middle of the picture.
-        picture = fit(decode(record.image, exif=self.data.exif), self.clip.vision.image_size, "crop")
-        return _Asked(picture, [f"{record.question} {text}" if self.options.with_question else text for text in texts])
-
-    def _scores(self, rows):
-        """Returns the scores of the answers of at most a batch of rows."""
-        pictures = np.zeros((self.options.batch, *rows[0].picture.shape), np.uint8)
-        pictures[: len(rows)] = [asked.picture for asked in rows]
-        seen = self.clip.images(pictures)
-        read = iter(self.clip.texts([text for asked in rows for text in asked.texts]))
-        return [[round(float(100 * next(read) @ seen[row]), 4) for _ in asked.texts] for row, asked in enumerate(rows)]
+        asked = self.judge.ask(record, texts)
+        return Scored(None, asked) if isinstance(asked, str) else asked
 
     def finish(self) -> dict:
         """Writes the files; returns the counts."""
@@ -204,11 +199,11 @@ class Job:
                 scores, fault = found[row]
                 best = worst = None
                 if scores is not None:
-                    best, worst, fault = choose(values["answers"], scores, self.options)
+                    best, worst, fault = choose(values["answers"], scores, **self.written)
                 counts[fault or "ranked"] += 1
-                return {"fits": best, "fits_least": worst, "clip_scores": scores, "ranked_fault": fault}
+                return {"fits": best, "fits_least": worst, self.judge.column: scores, "ranked_fault": fault}
 
-            write_output(file, self.folder, file.rows, _FIELDS, made)
+            write_output(file, self.folder, file.rows, self.fields, made)
         summary = {"rows": sum(file.rows for file in self.inputs), "pairs": dict(counts.most_common())}
         write_durably(self.folder / SUMMARY, json.dumps(summary, indent=1))
         write_manifest(self.books, read_manifest(self.books, self.settings)["settings"], self.written)
@@ -219,7 +214,7 @@ def build(config: Config, options: Options, console=None):
     """Ranks the answers, or goes on with it; returns the counts."""
     console, job = console or Console(), Job(config, options)
     missing = job.pieces.missing()
-    console.note(f"clip     {options.clip}")
+    console.note(str(job.judge))
     to_go = sum(len(rows) for _, rows in missing)
     console.note(f"rows     {sum(file.rows for file in job.inputs)} in {len(job.inputs)} file(s); {to_go} to go")
     console.note(f"output   {job.folder}")

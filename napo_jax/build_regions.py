@@ -26,13 +26,18 @@ from napo_jax.pieces import read_manifest, write_durably, write_manifest
 from napo_jax.preemption import StopSignal
 from napo_jax.processes import together
 from napo_jax.progress import wait_until
+from napo_jax.regions.chunks import find_chunks
+from napo_jax.regions.detector import Detector, files_of
+from napo_jax.regions.grounders import read_boxes, read_masks
 from napo_jax.regions.keywords import Ranking
 from napo_jax.regions.marker import Asked, Marked, Marker
 from napo_jax.regions.page import write_page
+from napo_jax.regions.spacy_chunks import SpacyChunks
 from napo_jax.row_pieces import RowPieces
 from napo_jax.sharding import make_mesh
 from napo_jax.speaker import load_speaker
 
+_BY_MODEL = ("evidence", "attention")  # the grounders that run the model itself
 BOOKS, PAGE, SUMMARY = "regions", "regions.html", "regions/report.json"
 _REGION = pa.struct({"rule": pa.string(), "exif": pa.bool_(), "side": pa.int64(), "bits": pa.binary()})
 _FIELDS = [
@@ -50,11 +55,24 @@ class Options:
     input: tuple[str, ...] = ()
     # The folder for the pieces, the files with the regions beside their rows, and the page. Local or gs://.
     output: str | None = None
-    # What maps a keyword to places: "evidence", those that the model's own log-prob of the word depends on; or "boxes",
-    # those of the column `boxes`, a list of {label, box: [left, top, right, bottom]} in pixels of the upright picture.
-    grounder: Literal["evidence", "boxes"] = "evidence"
-    # How much of the evidence for a word its places hold at least; as few places as hold it.
+    # What maps a keyword to places: "evidence", those that the model's own log-prob of the word depends on, and
+    # "attention", those that it looks at; "boxes" or "masks", those of the column of that name, in pixels of the
+    # upright picture; or "detector", those that another model finds.
+    grounder: Literal["evidence", "attention", "boxes", "masks", "detector"] = "evidence"
+    # How much of the evidence for a word, or of the attention, its places hold at least; as few places as hold it.
     share: float = 0.5
+    # The layers whose attention counts, from and to as shares of the depth. The middle half: the first layers look
+    # everywhere, and the last ones at what comes next, and at a few places whatever the word.
+    layers: tuple[float, float] = (0.25, 0.75)
+    # A local folder of a zero-shot object detector of `transformers`, such as OWL-ViT or Grounding DINO.
+    detector: str | None = None
+    # The least score of a box. None: what the detector's own code has, 0.1 or 0.25 of those two.
+    threshold: float | None = None
+    # A local folder of a SAM, to mark what is in the detector's boxes and not all of them.
+    sam: str | None = None
+    # A spaCy model, installed or a folder, whose noun chunks are the candidates for keywords; without one, those that
+    # lists of words find.
+    spacy: str | None = None
     # How keywords are chosen.
     ranking: Ranking = dataclasses.field(default_factory=Ranking)
     # The first so many rows alone, to try things out; without it the same command goes on with the rest.
@@ -75,6 +93,12 @@ class Options:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        if not 0 <= self.layers[0] <= self.layers[1] <= 1:
+            raise ValueError(f"layers must be two shares of the depth, the lower one first, got {self.layers}")
+        if (self.grounder == "detector") != (self.detector is not None):
+            raise ValueError("--grounder detector and --detector FOLDER go together: add the other one")
+        if self.grounder != "detector" and (self.sam is not None or self.threshold is not None):
+            raise ValueError("--sam and --threshold are of --grounder detector")
 
 
 class Job:
@@ -86,8 +110,8 @@ class Job:
             raise ValueError("say what to read and where to write: --input pairs/*.parquet --output regions/")
         self.folder, self.options, self.config = absolute(options.output), options, config
         data, columns = config.data, dict(config.data.columns)
-        if options.grounder == "boxes":
-            columns.setdefault("boxes", "boxes")
+        if options.grounder in ("boxes", "masks"):
+            columns.setdefault(options.grounder, options.grounder)
         names = [field.name for field in _FIELDS]
         self.inputs = open_inputs(options.input, names, columns, self.folder, suffixes=("",))
         for file in self.inputs:
@@ -97,7 +121,12 @@ class Job:
         vision = self.source.shape.vision
         self.prompter = Prompter(self.source.tokenizer, data.template, vision.image_tokens)
         most = min(data.max_tokens, self.source.shape.text.max_positions)
-        self.marker = Marker(self.prompter, vision, options.ranking, data.image_rule, data.exif, most, options.share)
+        find = find_chunks if options.spacy is None else SpacyChunks(options.spacy)
+        frame = data.image_rule, data.exif
+        self.marker = Marker(self.prompter, vision, options.ranking, *frame, most, options.share, find)
+        self.detector = None
+        if options.grounder == "detector":
+            self.detector = Detector(options.detector, options.sam, options.threshold)
         self.root = data.image_root and str(absolute(data.image_root))
         left = options.limit
         self.sizes = []
@@ -113,7 +142,14 @@ class Job:
         """Returns all that decides the regions, for JSON."""
         data, options = self.config.data, self.options
         own = {"grounder": options.grounder, "ranking": dataclasses.asdict(options.ranking), "piece": options.piece}
-        if options.grounder == "evidence":
+        if options.spacy is not None:
+            own |= {"spacy": self.marker.find.version}
+        if options.grounder == "detector":
+            files = {name: files_of(name) for name in (options.detector, options.sam) if name is not None}
+            own |= {"detector": files, "threshold": options.threshold}
+        if options.grounder == "attention":
+            own |= {"layers": list(options.layers)}
+        if options.grounder in _BY_MODEL:
             own |= {"model": str(self.source), "source": self.source.fingerprint, "dtype": self.config.model.dtype}
             own |= {"tokenizer": self.prompter.fingerprint, "max_tokens": data.max_tokens, "share": options.share}
         frame = {"image_rule": data.image_rule, "exif": data.exif, "patches": self.marker.vision.image_tokens}
@@ -122,7 +158,9 @@ class Job:
 
     def plan(self):
         """Yields what a person wants to read before it starts."""
-        by = f"evidence of {self.source}" if self.options.grounder == "evidence" else "boxes of the rows"
+        grounder = self.options.grounder
+        by = f"{grounder} of {self.source}" if grounder in _BY_MODEL else f"{grounder} of the rows"
+        by = f"detector {self.options.detector}" if grounder == "detector" else by
         yield f"regions  {self.options.ranking.count} keywords of each chosen answer, found by the {by}"
         missing = sum(len(rows) for _, rows in self.pieces.missing())
         yield f"rows     {sum(self.sizes)} in {len(self.inputs)} file(s); {missing} to go"
@@ -132,14 +170,16 @@ class Job:
         """Marks this process's share of the pieces."""
         options = self.options
         share = (jax.process_index(), jax.process_count()) if options.distributed else (0, 1)
-        ground = self._by_boxes if options.grounder == "boxes" else self._by_evidence()
+        ground = self._by_model() if options.grounder in _BY_MODEL else self._one_by_one
         if jax.process_index() == 0 and not self.manifest:
             write_manifest(self.books, self.settings)
         wait_until(lambda: read_manifest(self.books, self.settings), check)
         missing = self.pieces.missing(share)
         done, total = 0, sum(len(rows) for _, rows in missing)
         look = {"image_root": self.root, "exif": self.config.data.exif, "threads": self.config.data.threads}
-        work = lambda row, record, values: self.marker.ask(record, _read_boxes(values.get("boxes")))
+        work = lambda row, record, values: self.marker.ask(
+            record, read_boxes(values.get("boxes")), read_masks(values.get("masks"))
+        )
         for number, rows in missing:
             found, waiting = {}, []
             for row, asked in read_rows(self.inputs[number], set(rows), work, **look):
@@ -152,10 +192,18 @@ class Job:
             done += len(rows)
             console.progress(f"{done} of {total} rows")
 
-    def _by_boxes(self, waiting, _):
-        return {row: self.marker.by_boxes(asked) for row, asked in waiting}
+    def _one_by_one(self, waiting, check):
+        """Marks rows by what came with them, or by a detector."""
+        mark = {"boxes": self.marker.by_boxes, "masks": self.marker.by_masks}.get(
+            self.options.grounder, functools.partial(self.marker.by_detector, self.detector)
+        )
+        found = {}
+        for row, asked in waiting:
+            found[row] = mark(asked)
+            check()
+        return found
 
-    def _by_evidence(self):
+    def _by_model(self):
         """Loads the model, and returns what marks rows with it."""
         # Each process has a mesh of its own devices: none waits for another's rows.
         mesh = make_mesh(self.config.mesh, jax.local_devices())
@@ -163,6 +211,7 @@ class Job:
         speaker = load_speaker(self.source, mesh, dtype=model.dtype, attention=model.attention)
         self.settings["weights"] = speaker.digest
         batch = self.options.batch * mesh.shape["data"] * mesh.shape["fsdp"]
+        layers = tuple(self.options.layers) if self.options.grounder == "attention" else None
 
         def ground(waiting, check):
             # Rows of like lengths are computed together, so that little is padding.
@@ -170,7 +219,7 @@ class Job:
             found = {}
             for start in range(0, len(waiting), batch):
                 rows, asked = zip(*waiting[start : start + batch], strict=True)
-                found |= dict(zip(rows, self.marker.by_evidence(speaker, asked, batch), strict=True))
+                found |= dict(zip(rows, self.marker.by_model(speaker, asked, batch, layers), strict=True))
                 check()
             return found
 
@@ -205,17 +254,6 @@ class Job:
     def written(self) -> dict:
         """What the manifest says of files that are written."""
         return {"rows": sum(self.sizes)}
-
-
-def _read_boxes(value) -> list:
-    """Returns the boxes of a column that can be read; others find nothing, which is counted."""
-    boxes = []
-    for each in value if isinstance(value, list) else ():
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            left, top, right, bottom = map(float, each["box"])
-            if isinstance(each["label"], str) and left < right and top < bottom:
-                boxes.append({"label": each["label"], "box": (left, top, right, bottom)})
-    return boxes
 
 
 def build(config: Config, options: Options, console=None):

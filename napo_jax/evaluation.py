@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from napo_jax.data.order import NO_GROUP
-from napo_jax.losses import simpo_loss
+from napo_jax.losses import reward_loss, simpo_loss
 from napo_jax.objective import Objective, Term, split_cell
 from napo_jax.scorer import Chosen, make_scorer
 
@@ -18,8 +18,10 @@ _NO_PICTURE = "black"
 def with_ablation(objective: Objective) -> Objective:
     """Adds a term that weighs nothing: the preferred answer with its picture against the same without."""
     answer = split_cell(objective.terms[0].preferred)[0]
-    # Its loss reads no reference, so that its margin is the policy's own: the log-prob that the picture adds.
-    ablated = Term(ABLATED, simpo_loss, answer, f"{answer}@{_NO_PICTURE}", weight=0.0)
+    # Its loss reads no reference, so that its margin is the policy's own: the log-prob that the picture adds, or the
+    # reward where that is all that trains.
+    loss = simpo_loss if objective.needs_logps else reward_loss
+    ablated = Term(ABLATED, loss, answer, f"{answer}@{_NO_PICTURE}", weight=0.0)
     return dataclasses.replace(objective, terms=(*objective.terms, ablated), noise_scope="batch")
 
 
@@ -64,7 +66,8 @@ class HeldOut:
 
         Returns:
           {name: float}, the objective's metrics over all groups as one batch; `image_ablated/margin` is the mean
-          log-prob that the picture adds to the preferred answer, `image_ablated/accuracy` how often it adds any.
+          log-prob, or reward, that the picture adds to the preferred answer, `image_ablated/accuracy` how often it adds
+          any.
         """
         ids, policy = self._collect(self._scored, params, self._objective.cells)
         reference = self._reference

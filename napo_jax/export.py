@@ -1,6 +1,7 @@
 """Exports what a run has trained: `python -m napo_jax.export --workdir runs/a --output DIR`.
 
 A Hugging Face folder of the whole model, LoRA adapters added to their matrices; or, with `--peft`, the adapters alone.
+A reward model's head goes into a file of its own in either.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from napo_jax.model_source import find_model, is_workdir, load_leaves, load_trai
 from napo_jax.models import Llava
 from napo_jax.optim import unflatten
 from napo_jax.peft_files import write_adapters
+from napo_jax.reward_head import FILE
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.weights import check_new, export_pretrained
 
@@ -63,14 +65,21 @@ def export(options: Options) -> list[str]:
         leaves = {path: leaf.astype(dtype) for path, leaf in load_trained(run, mesh)}
         config, base = dataclasses.replace(source.shape, lora=run.lora), run.config["model"]["path"]
         write_adapters(leaves, config, output, base=base)
-        return [f"{run} -> {output}: {options.dtype} adapters of rank {run.lora.rank} for peft", _base(source, base)]
+        lines = [f"{run} -> {output}: {options.dtype} adapters of rank {run.lora.rank} for peft", _base(source, base)]
+        return lines + _head(source)
 
-    model = Llava(dataclasses.replace(source.shape, dtype=dtype, param_dtype=dtype))
+    model = Llava(dataclasses.replace(source.shape, dtype=dtype, param_dtype=dtype, reward_head=source.rewards))
     params = unflatten(load_leaves(source, model, mesh))
     with _tokenizer(source) as tokenizer:
         export_pretrained(model, params, output, options.layout, tokenizer=tokenizer)
-    lines = [f"{source} -> {output}: {options.dtype} weights in the layout {options.layout}"]
+    lines = [f"{source} -> {output}: {options.dtype} weights in the layout {options.layout}", *_head(source)]
     return lines if tokenizer else [*lines, "no tokenizer goes along: the random model's takes text as bytes"]
+
+
+def _head(source):
+    """Returns a line on the head of a reward model, if it is one."""
+    said = f"its reward head is in {FILE}: the model gives numbers to answers, and has not learnt to say any"
+    return [said] if source.rewards else []
 
 
 def _base(source, base):

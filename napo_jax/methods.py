@@ -14,6 +14,7 @@ from napo_jax.losses import (
     ipo_loss,
     kto_pair_loss,
     napo_loss,
+    reward_loss,
     robust_dpo_loss,
     sft_loss,
     simpo_loss,
@@ -67,6 +68,20 @@ def _bias_terms(beta, rule, weight):
 def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
     """Returns DPO on the original pair."""
     return _on_the_pair(dpo_loss, beta=beta, label_smoothing=label_smoothing)
+
+
+def reward(centring_weight: float = 1e-3, centring: Literal["absolute", "square"] = "absolute") -> Objective:
+    """Returns the reward model of LLaVA-RLHF (arXiv 2309.14525): a number for each answer, larger for the better one.
+
+    It trains a head beside the vocabulary's, and reads no reference. What the paper goes on to do with it, PPO, is not
+    here; `napo_jax.build_ranked --reward` ranks answers by it.
+
+    Args:
+      centring_weight: of the term that holds rewards near 0.
+      centring: "absolute" as in the published code, or "square"; see `reward_loss`.
+    """
+    options = {"centring_weight": centring_weight, "centring": centring}
+    return Objective((Term("preference", reward_loss, "chosen", "rejected", options=options),))
 
 
 def mfpo(beta: float = 0.1, eta: float = 0.0) -> Objective:

@@ -22,6 +22,7 @@ from napo_jax.data.prompts import load_tokenizer
 from napo_jax.models import Llava, LlavaConfig
 from napo_jax.models.lora import LoraConfig, merge_adapters
 from napo_jax.optim import flatten, unflatten
+from napo_jax.reward_head import FILE, is_reward_head
 from napo_jax.sharding import shard_params
 from napo_jax.weights import load_pretrained
 from napo_jax.world.language import world_tokenizer
@@ -81,6 +82,14 @@ class Source(NamedTuple):
         for run in self.runs:
             digest.update(f"{run.step} {json.dumps(run.config, sort_keys=True)}".encode())
         return digest.hexdigest()
+
+    @property
+    def rewards(self) -> bool:
+        """Whether it is a reward model: one that gives numbers to answers, and has not learnt to say any."""
+        if self.runs:
+            saved = _checkpoints(self.runs[-1].workdir).shapes(self.runs[-1].step, "params")
+            return any(map(is_reward_head, saved))
+        return self.folder is not None and (self.folder / FILE).exists()
 
     @property
     def shape(self) -> LlavaConfig:
@@ -157,6 +166,9 @@ def random_shape(size) -> LlavaConfig:
 def load_leaves(source: Source, model: Llava, mesh, dtypes=None):
     """Loads a model's parameters, each leaf to its place on the mesh, without adapters.
 
+    A reward model's head comes along where the model is to have one, and is refused where it is not. One that begins
+    has none yet.
+
     Args:
       source: what `find_model` found.
       model: the `Llava` to load them for.
@@ -166,7 +178,12 @@ def load_leaves(source: Source, model: Llava, mesh, dtypes=None):
     Returns:
       {path: leaf}.
     """
-    model, dtypes = model.without_adapters, dtypes or {}
+    if source.rewards and not model.config.reward_head:
+        raise ValueError(
+            f"{source} is a reward model: it gives numbers to answers, with build_ranked --reward, and says none itself"
+        )
+    takes_head = model.config.reward_head
+    model, dtypes = Llava(dataclasses.replace(model.without_adapters.config, reward_head=False)), dtypes or {}
     place = lambda shapes: unflatten(shard_params(flatten(shapes), mesh)[0])
     if source.folder is None:
         # Drawn wide and rounded: numbers drawn in bfloat16 are others.
@@ -177,10 +194,14 @@ def load_leaves(source: Source, model: Llava, mesh, dtypes=None):
         leaves = jax.jit(draw, out_shardings=shard_params(jax.eval_shape(draw, key), mesh)[0])(key)
     else:
         computes = {field: getattr(model.config, field) for field in ("dtype", "param_dtype", "attention", "remat")}
+        computes["reward_head"] = takes_head and (source.folder / FILE).exists()
         leaves = flatten(load_pretrained(source.folder, shardings=place, dtypes=dtypes, **computes)[1])
     for run in source.runs:
         for path, leaf in load_trained(run, mesh):
-            leaves[path] = leaf.astype(leaves[path].dtype) if path in leaves else leaf
+            dtype = leaves[path].dtype if path in leaves else leaf.dtype
+            if is_reward_head(path):
+                dtype = dtypes.get(path, model.config.param_dtype)
+            leaves[path] = leaf.astype(dtype)
         merge_adapters(leaves, run.lora)
     return leaves
 

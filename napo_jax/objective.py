@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from napo_jax.losses import batch_mean, term_weights
 from napo_jax.losses.inputs import check_where, log_ratio, prepare
 
+# A loss that names one of these is held against another cell.
+_OF_OTHERS = {"policy_rejected_logps", "rejected_kl", "rejected_rewards"}
+
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _CELL = re.compile(rf"{_NAME.pattern}(@{_NAME.pattern})?")
 
@@ -29,6 +32,8 @@ _PROVIDED = (
     "reference_rejected_logps",
     "chosen_kl",
     "rejected_kl",
+    "chosen_rewards",
+    "rejected_rewards",
     "noise_margin",
     "where",
     "axis_name",
@@ -51,12 +56,13 @@ class Logps(NamedTuple):
 
 
 class DetailedLogps(NamedTuple):
-    """The same with what some terms read besides, float[B] each."""
+    """The same with what some terms read besides, float[B] each; without sum and mean if no term reads log-probs."""
 
-    sum: jax.Array
-    mean: jax.Array
+    sum: jax.Array | None
+    mean: jax.Array | None
     edited: Edited | None = None  # if a term weighs edited spans
     kl: jax.Array | None = None  # summed KL(reference || policy), of the policy alone and if a term reads it
+    reward: jax.Array | None = None  # of the reward head, of the policy alone and if a term reads it
 
     def weighing_edits(self, weight):
         """Returns the log-probs in which a token of an edited span counts 1 + weight times."""
@@ -126,6 +132,8 @@ class Term:
         if not isinstance(self.edited, int | float) or not 0 <= self.edited < math.inf:
             self._refuse(f"edited must be a finite number, 0 or more, got {self.edited!r}")
         self._check_signature()
+        if self.edited and self.needs_rewards:
+            self._refuse("edited weighs log-probs, and its loss reads rewards")
         self._try_on_shapes()
 
     def _check_signature(self):
@@ -141,13 +149,13 @@ class Term:
         for option in known:
             if parameters[option].default is inspect.Parameter.empty and option not in dict(self.options):
                 self._refuse(f"{loss} needs the option {option!r}")
-        if bool({"policy_rejected_logps", "rejected_kl"} & set(parameters)) != (self.other is not None):
+        if bool(_OF_OTHERS & set(parameters)) != (self.other is not None):
             need = "another cell" if self.other is None else "no other cell"
             self._refuse(f"{loss} takes {need}, got other={self.other!r}")
 
     def _try_on_shapes(self):
         each = jax.ShapeDtypeStruct((2,), jnp.float32)
-        logps = dict.fromkeys(self.cells, DetailedLogps(each, each, Edited(each, each, each), each))
+        logps = dict.fromkeys(self.cells, DetailedLogps(each, each, Edited(each, each, each), each, each))
         try:
             hash(self)
             jax.eval_shape(lambda policy, reference: _evaluate(self, policy, reference, None, None), logps, logps)
@@ -184,6 +192,17 @@ class Term:
     def needs_kl(self) -> bool:
         """Whether its loss reads how far the policy's distributions are from the reference's, token by token."""
         return bool({"chosen_kl", "rejected_kl"} & self.inputs)
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether its loss reads what the reward head gives the answers; its margin is then one of rewards."""
+        return bool({"chosen_rewards", "rejected_rewards"} & self.inputs)
+
+    @property
+    def needs_logps(self) -> bool:
+        """Whether log-probs are read, by its loss or for its margin."""
+        read = any(name.endswith("_logps") or name == "noise_margin" for name in self.inputs)
+        return read or not self.needs_rewards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +277,16 @@ class Objective:
         """Whether a term reads the reference's whole distributions, so that the reference has to run along."""
         return any(term.needs_kl for term in self.terms)
 
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether a term reads rewards, so that the model needs a reward head."""
+        return any(term.needs_rewards for term in self.terms)
+
+    @property
+    def needs_logps(self) -> bool:
+        """Whether a term reads log-probs, so that the model's words have to be computed."""
+        return any(term.needs_logps for term in self.terms)
+
     def logps_like(self, value, *, reference=False) -> Logps | DetailedLogps:
         """Returns the log-probs that a cell has under this objective, the same value in all their places.
 
@@ -267,7 +296,11 @@ class Objective:
         """
         edited = Edited(value, value, value) if self.counterparts else None
         kl = value if self.needs_kl and not reference else None
-        return Logps(value, value) if edited is None and kl is None else DetailedLogps(value, value, edited, kl)
+        reward = value if self.needs_rewards and not reference else None
+        if edited is None and kl is None and reward is None:
+            return Logps(value, value)
+        logps = value if self.needs_logps else None
+        return DetailedLogps(logps, logps, edited, kl, reward)
 
     def columns(self, *, reference=False) -> list[str]:
         """Returns the names of the K numbers of a cell's log-probs, such as "sum", in the order of their leaves."""
@@ -284,7 +317,8 @@ class Objective:
 
         Args:
           policy: {cell: (sum, mean)}, the policy's log-probs: float[B] each, the whole batch, or float[A, B], the A
-            micro-batches of a step. `DetailedLogps` where a term weighs edited spans or reads the divergence.
+            micro-batches of a step. `DetailedLogps` where a term weighs edited spans, or reads the divergence or
+            rewards.
           reference: {cell: (sum, mean)}, the reference's, of the cells in `reference_cells`; None if there are none.
           where: {cell: bool[B]} or None; valid cells. A term averages over the examples whose cells are all valid.
             The others do nothing, whatever they hold.
@@ -298,7 +332,8 @@ class Objective:
             other, without beta), `/accuracy` (share of positive margins), `/q` (0, as for DPO, where the loss has
             none), `/weight`, `/valid` (share of valid examples), and `/chosen_reward` and `/rejected_reward` where the
             loss has rewards. Against several other cells, the margin is the one to the nearest of them; of a lone cell
-            without a reference it is the log-prob itself.
+            without a reference it is the log-prob itself. Of a loss that reads rewards it is the margin of rewards,
+            and there is `/mean_reward`.
         """
         for what, given, cells in (
             ("policy", policy, self.cells),
@@ -307,7 +342,7 @@ class Objective:
         ):
             if given is not None and (missing := [cell for cell in cells if cell not in given]):
                 raise ValueError(f"{what} lacks the cells {missing}; it has {list(given)}")
-        ndim = jnp.ndim(policy[self.cells[0]][0])
+        ndim = jnp.ndim(_any_of(policy[self.cells[0]]))
         if ndim not in (1, 2):
             raise ValueError(f"log-probs must be [B] or [A, B], got {ndim} dimensions")
         if self.noise_scope == "batch" or ndim == 1:
@@ -356,6 +391,11 @@ class Objective:
         return weights
 
 
+def _any_of(logps):
+    """Returns one of the arrays that there are of a cell."""
+    return next(value for value in logps if value is not None)
+
+
 class _Outcome(NamedTuple):
     """What one term makes of a batch."""
 
@@ -366,7 +406,7 @@ class _Outcome(NamedTuple):
 
 def _evaluate(term: Term, policy, reference, where, axis_name) -> _Outcome:
     """Runs a term's loss on its cells."""
-    shape = jnp.shape(policy[term.preferred][0])
+    shape = jnp.shape(_any_of(policy[term.preferred]))
     valid = jnp.ones(shape, bool)
     for cell in term.cells if where is not None else ():
         valid &= check_where(where[cell], shape, f"policy[{cell!r}]")
@@ -387,6 +427,13 @@ def _evaluate(term: Term, policy, reference, where, axis_name) -> _Outcome:
         count = len(term.cells)
         return {role: arrays[i * count : (i + 1) * count] for i, role in enumerate(sources)}
 
+    def of_policy(field, what):
+        """Returns one field of the policy's detailed log-probs, of the term's cells."""
+        named = {f"policy[{cell!r}] {field}": getattr(policy[cell], field, None) for cell in term.cells}
+        if any(value is None for value in named.values()):
+            raise ValueError(f"term {term.name!r} reads {what}, and no {field} is given")
+        return prepare(valid, named)[0]
+
     def margin(logps):
         """Returns the detached margin of the preferred cell to the nearest other one, float32[B]."""
         h = logps["policy"]
@@ -395,18 +442,19 @@ def _evaluate(term: Term, policy, reference, where, axis_name) -> _Outcome:
         preferred, *others = jax.lax.stop_gradient(h)
         return preferred - jnp.max(jnp.stack(others), axis=0) if others else preferred
 
-    logps = read(term.logps, term.edited)
+    logps = read(term.logps, term.edited) if term.needs_logps else {}
     provided = {"where": valid, "axis_name": axis_name}
     one_or_all = lambda others: others[0] if isinstance(term.other, str) else others
     for role, (preferred, *others) in logps.items():
         provided[f"{role}_chosen_logps"] = preferred
         provided[f"{role}_rejected_logps"] = one_or_all(others)
     if term.needs_kl:
-        kl = {f"policy[{cell!r}] kl": getattr(policy[cell], "kl", None) for cell in term.cells}
-        if any(value is None for value in kl.values()):
-            raise ValueError(f"term {term.name!r} reads how far the policy is from the reference, and no kl is given")
-        (preferred, *others), _ = prepare(valid, kl)
+        preferred, *others = of_policy("kl", "how far the policy is from the reference")
         provided |= {"chosen_kl": preferred, "rejected_kl": one_or_all(others)}
+    given = of_policy("reward", "what a reward head gives the answers") if term.needs_rewards else None
+    if given is not None:
+        preferred, *others = given
+        provided |= {"chosen_rewards": preferred, "rejected_rewards": one_or_all(others)}
     if "noise_margin" in term.inputs:
         provided["noise_margin"] = margin(read(term.margin))
     losses, stats = term.loss(**{name: provided[name] for name in term.inputs}, **dict(term.options))
@@ -415,10 +463,11 @@ def _evaluate(term: Term, policy, reference, where, axis_name) -> _Outcome:
     if term.weight == "dynamic" and not {"chosen_rewards", "rejected_rewards"} <= set(stats):
         raise ValueError(f"a dynamic weight needs chosen_rewards and rejected_rewards, got the stats {sorted(stats)}")
 
-    loss_margin = margin(logps)
+    loss_margin = margin(logps if given is None else {"policy": given})
     examples = {"loss": losses, "margin": loss_margin, "accuracy": (loss_margin > 0).astype(loss_margin.dtype)}
-    if "chosen_rewards" in stats:
-        examples["chosen_reward"] = stats["chosen_rewards"]
+    for stat, name in (("chosen_rewards", "chosen_reward"), ("mean_rewards", "mean_reward")):
+        if stat in stats:
+            examples[name] = stats[stat]
     if "rejected_rewards" in stats:
         rejected = stats["rejected_rewards"]
         examples["rejected_reward"] = rejected if isinstance(term.other, str) else jnp.max(rejected, axis=0)

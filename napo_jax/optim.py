@@ -11,6 +11,7 @@ from flax import traverse_util
 from napo_jax.factored import scale_by_factored_adam
 from napo_jax.fields import check_fields
 from napo_jax.models.lora import is_adapter
+from napo_jax.reward_head import is_reward_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class OptimizerConfig:
     # lengths: a loss that sums over tokens has larger gradients where answers are long, and clipping weakens those.
     clip_norm: float | None = None
     # Which leaves train: a regular expression on paths such as language/layers/mlp/up/kernel. None: the decoder and the
-    # projector, or, with LoRA, the adapters alone.
+    # projector, or, with LoRA, the adapters alone; and a reward head.
     trainable: str | None = None
     # Which of them the weight decay leaves alone.
     no_decay: str = r".*/(scale|bias)"
@@ -70,13 +71,18 @@ def unflatten(*parts):
 def split_trained(leaves, config: OptimizerConfig):
     """Splits {path: leaf} into those that train and those that do not.
 
-    Raises if none trains, if an adapter does not, or if the matrix beside an adapter does too.
+    Raises if none trains, if an adapter or a reward head does not, or if the matrix beside an adapter does too.
     """
-    adapters = [path for path in leaves if is_adapter(path)]
+    adapters, head = [path for path in leaves if is_adapter(path)], [path for path in leaves if is_reward_head(path)]
     rule = config.trainable or (r".*/lora_[ab]" if adapters else r"(language|projector)/.*")
+    if head and config.trainable is None:
+        # Rewards go through no vocabulary: its projection would do nothing but decay.
+        rule = rf"(?!language/head$)({rule})|reward/.*"
     trained = {path: leaf for path, leaf in leaves.items() if re.fullmatch(rule, path)}
     if not trained:
         raise ValueError(f"optimizer.trainable {rule!r} matches no leaf, such as {next(iter(leaves))}")
+    if left_out := [path for path in head if path not in trained]:
+        raise ValueError(f"optimizer.trainable {rule!r} leaves out {left_out[0]}: add |reward/.* to train the head")
     for path in adapters:
         if path not in trained:
             raise ValueError(f"optimizer.trainable {rule!r} leaves out {path}: both factors of an adapter train")

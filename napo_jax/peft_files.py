@@ -5,6 +5,7 @@ import numpy as np
 from napo_jax import hub_files, tensor_files
 from napo_jax.models.llava import LlavaConfig
 from napo_jax.models.lora import is_adapter
+from napo_jax.reward_head import is_reward_head, write_head
 from napo_jax.weights import new_folder, tensor_name
 
 _FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
@@ -14,7 +15,8 @@ _PROJECTOR = tuple(f"projector/{layer}/{name}" for layer in ("up", "down") for n
 def write_adapters(leaves, config: LlavaConfig, path, *, base=None):
     """Writes what a run with adapters has trained; `peft.PeftModel.from_pretrained(model, path)` loads it.
 
-    A projector that trained in full goes along as one of `modules_to_save`. The folder appears when it is whole.
+    A projector that trained in full goes along as one of `modules_to_save`, and a reward head in a file of its own. The
+    folder appears when it is whole.
 
     Args:
       leaves: {path: leaf} of what has trained, each saved in the dtype it has.
@@ -26,7 +28,7 @@ def write_adapters(leaves, config: LlavaConfig, path, *, base=None):
     projector = [path for path in leaves if path in _PROJECTOR]
     if not adapters:
         raise ValueError("there are no LoRA adapters: export the weights as a whole")
-    if others := sorted(set(leaves) - set(adapters) - set(projector)):
+    if others := sorted(path for path in set(leaves) - {*adapters, *projector} if not is_reward_head(path)):
         raise ValueError(
             f"{others[0]} has trained beside the adapters, one of {len(others)} leaves, and PEFT's files have no place "
             "for it: export the weights as a whole"
@@ -36,11 +38,12 @@ def write_adapters(leaves, config: LlavaConfig, path, *, base=None):
             f"of the projector only {', '.join(projector)} has trained, and PEFT's files hold all or none: export "
             "the weights as a whole"
         )
-    tensors = dict(_tensors(leaves))
+    tensors = dict(_tensors({path: leaves[path] for path in (*adapters, *projector)}))
     with new_folder(path) as folder:
         hub_files.write_json(folder / "adapter_config.json", _peft_config(adapters, bool(projector), config.lora, base))
         specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         tensor_files.write_tensors(folder / "adapter_model.safetensors", specs, tensors.values())
+        write_head(folder, leaves)
 
 
 def _tensors(leaves):

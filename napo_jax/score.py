@@ -1,4 +1,4 @@
-"""A batch under a model: the log-probs of an objective's cells."""
+"""A batch under a model: the log-probs, or the rewards, of an objective's cells."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ from napo_jax.data.corruptions import image_variants
 from napo_jax.data.images import normalise
 from napo_jax.models import Groups
 from napo_jax.models.packing import Packing
+from napo_jax.objective import DetailedLogps
 
 
 def score(model, params, batch, objective, *, reference=False, dropout=None, kl_to=None):
@@ -22,7 +23,8 @@ def score(model, params, batch, objective, *, reference=False, dropout=None, kl_
       kl_to: a pair of the `Llava` and the parameters of the reference; for an objective that `needs_kl`.
 
     Returns:
-      {cell: Logps of float32[B]}; of use where `valid_cells` is true.
+      {cell: Logps of float32[B]}, or DetailedLogps as `Objective.logps_like` has them; of use where `valid_cells` is
+      true.
     """
     kl_to = kl_to if objective.needs_kl and not reference else None
     images = pictures_of(batch, objective, model.config.vision.patch_size, reference=reference)
@@ -36,7 +38,13 @@ def score(model, params, batch, objective, *, reference=False, dropout=None, kl_
         edited=batch.edited if objective.counterparts else None,
     )
     packing = Packing(batch.bucket.tokens, batch.bucket.answers)
-    logps = model.logps(params, groups, objective.cell_image, packing=packing, dropout=dropout, reference=kl_to)
+    options = {"packing": packing, "dropout": dropout}
+    logps = None, None
+    if reference or objective.needs_logps:
+        logps = model.logps(params, groups, objective.cell_image, reference=kl_to, **options)
+    if objective.needs_rewards and not reference:
+        rewards = model.rewards(params, groups, objective.cell_image, **options)
+        logps = DetailedLogps(*logps)._replace(reward=rewards)
     of_cell = lambda c: jax.tree.map(lambda x: x[:, c], logps)
     return {cell: of_cell(c) for c, cell in enumerate(objective.cells)}
 

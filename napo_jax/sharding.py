@@ -33,7 +33,7 @@ RULES = (
     (r"vision/unused/layer/(out|down)/kernel", ("tensor", "fsdp")),
     (r"vision/patch/kernel", (None, "fsdp")),
     (r"vision/position_embedding", (None, "fsdp")),
-    (r".*/(scale|bias)|vision/class_embedding", ()),
+    (r".*/(scale|bias)|vision/class_embedding|reward/kernel", ()),
 )
 # Whatever is larger has to be cut over fsdp; smaller leaves may be copied to every device.
 _SMALL = 2**20

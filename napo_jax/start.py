@@ -36,6 +36,7 @@ def make_model(config: Config, shape) -> Llava:
             # As the optimizer holds them: rounded to what computes only where they are frozen.
             param_dtype=jnp.dtype(config.optimizer.param_dtype),
             lora=config.lora,
+            reward_head=config.objective.needs_rewards,
         )
     )
     # A tower that is to train must be in the gradient, and one that is not costs a backward pass for nothing.
@@ -45,7 +46,7 @@ def make_model(config: Config, shape) -> Llava:
 
 
 def load_parts(config: Config, source, model: Llava, mesh) -> Parts:
-    """Loads the weights of a run's model and draws its adapters, if it has any.
+    """Loads the weights of a run's model and draws its adapters and reward head, if it has any.
 
     Args:
       config: the `Config`.
@@ -57,8 +58,8 @@ def load_parts(config: Config, source, model: Llava, mesh) -> Parts:
     # What is frozen is never there in a wider type: that could be all of the model.
     dtypes = {path: leaf.dtype for path, leaf in (shapes.trained | shapes.frozen).items()}
     leaves = load_leaves(source, model, mesh, dtypes)
-    if model.config.lora.rank:
-        place = {path: leaf.sharding for path, leaf in shapes.trained.items() if path not in leaves}
+    place = {path: leaf.sharding for path, leaf in shapes.trained.items() if path not in leaves}
+    if place:
         draw = lambda key: {path: leaf for path, leaf in flatten(model.init(key)).items() if path in place}
         leaves |= jax.jit(draw, out_shardings=place)(jax.random.key(config.train.seed))
     trained, frozen = split_trained(leaves, config.optimizer)

@@ -14,6 +14,7 @@ from napo_jax import hub_files, tensor_files
 from napo_jax.models.llava import Llava
 from napo_jax.models.lora import LoraConfig, merge_adapters
 from napo_jax.optim import flatten, unflatten
+from napo_jax.reward_head import FILE, is_reward_head, write_head
 
 # Path in the parameter tree (a regex) -> name in a file. The first word of a name is a part, which `_LAYOUTS` places;
 # `*` is the layer; `kernel` and `scale` at the end are `weight` to torch.
@@ -27,6 +28,7 @@ _KEYS = (
     (r"language/layers/attention/([qkvo])\w+/kernel", r"text.layers.*.self_attn.\1_proj.kernel"),
     (r"language/layers/mlp/(gate|up|down)/kernel", r"text.layers.*.mlp.\1_proj.kernel"),
     (r"projector/(up|down)/(kernel|bias)", r"\1.\2"),
+    (r"reward/(kernel|bias)", r"reward.\1"),  # in a file of its own
     (r"vision/class_embedding", r"vision.embeddings.class_embedding"),
     (r"vision/position_embedding", r"vision.embeddings.position_embedding.weight"),
     (r"vision/patch/kernel", r"vision.embeddings.patch_embedding.kernel"),
@@ -48,6 +50,7 @@ _LAYOUTS = {
         "up": "multi_modal_projector.linear_1",
         "down": "multi_modal_projector.linear_2",
         "vision": "vision_tower.vision_model",
+        "reward": "reward_head",
     },
     "transformers": {  # a `state_dict()` of transformers 5
         "text": "model.language_model",
@@ -55,6 +58,7 @@ _LAYOUTS = {
         "up": "model.multi_modal_projector.linear_1",
         "down": "model.multi_modal_projector.linear_2",
         "vision": "model.vision_tower.vision_model",
+        "reward": "reward_head",
     },
     "llava": {  # huggingface.co/liuhaotian, the original code
         "text": "model",
@@ -62,6 +66,7 @@ _LAYOUTS = {
         "up": "model.mm_projector.0",
         "down": "model.mm_projector.2",
         "vision": "model.vision_tower.vision_tower.vision_model",
+        "reward": "reward_head",
     },
 }
 EXPORT_LAYOUTS = ("llava-hf", "llava")
@@ -84,7 +89,8 @@ def load_pretrained(path, dtype=jnp.bfloat16, mesh=None, *, shardings=None, dtyp
         shapes: `lambda shapes: jax.tree.map(..., shapes)`.
       dtypes: {path: dtype} of leaves that are not to have `param_dtype`, such as `language/head`.
       vision_tower: a folder with the CLIP checkpoint that holds the tower, for the original layout, which has none.
-      **options: fields of `LlavaConfig` that say how to compute, such as `attention`, `remat` and `logits_chunk`.
+      **options: fields of `LlavaConfig` that say how to compute, such as `attention`, `remat` and `logits_chunk`; and
+        `reward_head`, for a reward model with its head.
 
     Returns:
       The `Llava`, and its parameters as `Llava.init` would return them.
@@ -103,6 +109,8 @@ def load_pretrained(path, dtype=jnp.bfloat16, mesh=None, *, shardings=None, dtyp
         dataclasses.replace(leaf, dtype=np.dtype(dtypes.get(leaf.path, leaf.dtype)))
         for leaf in _leaves(shapes, config, layout, rows)
     ]
+    if config.reward_head and (folder / FILE).exists():
+        tensors |= {f"reward_head.{name}": tensor for name, tensor in tensor_files.read_header(folder / FILE)}
     _check(folder, leaves, tensors)
 
     if shardings is None:
@@ -120,7 +128,7 @@ def export_pretrained(model, params, path, layout="llava-hf", *, tokenizer=None,
 
     "llava-hf" has rows for <image> and <pad> and then to a multiple of 64, each the mean of the real rows; it gets a
     processor that pads pictures to a square, and a chat template for `llava_v1`. "llava" has the real rows alone, and
-    the tower, which its release leaves out. The folder appears when it is whole.
+    the tower, which its release leaves out. A reward head gets a file of its own. The folder appears when it is whole.
 
     Args:
       model: the `Llava`.
@@ -148,7 +156,9 @@ def export_pretrained(model, params, path, layout="llava-hf", *, tokenizer=None,
     dtype = next(leaf.dtype for leaf in leaves if leaf.path == "language/embedding")
     with new_folder(path) as folder:
         hub_files.write_files(folder, config, layout, dtype, tokenizer)
-        _write_weights(folder, leaves, arrays, max_shard_bytes)
+        write_head(folder, {leaf.path: array for leaf, array in zip(leaves, arrays, strict=True)})
+        model_own = [pair for pair in zip(leaves, arrays, strict=True) if not is_reward_head(pair[0].path)]
+        _write_weights(folder, *zip(*model_own, strict=True), max_shard_bytes)
 
 
 def check_new(path):

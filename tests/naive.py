@@ -42,6 +42,13 @@ def simpo(pc, pr, beta, target_margin):
     return -log_sigmoid(beta * (pc - pr) - target_margin)
 
 
+def reward(chosen, rejected, weight, centring):
+    """Returns the pairwise loss of rewards; of "absolute", each example's share of the batch's."""
+    both = chosen + rejected
+    off = both**2 if centring == "square" else both * (1 if both.mean() > 0 else -1)
+    return -log_sigmoid(chosen - rejected) + weight * off
+
+
 def anchor(pc, rc, beta, delta):
     """Returns the anchor of the chosen answer."""
     return -log_sigmoid(beta * (pc - rc) - delta)

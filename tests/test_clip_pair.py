@@ -125,7 +125,7 @@ def test_another_model_is_refused(folder, tmp_path, change, line):
     ],
 )
 def test_a_pair_by_hand(texts, scores, options, want):
-    assert choose(texts, scores, Options(**options)) == want
+    assert choose(texts, scores, **{"gap": 2.0, "longer": 1.5, "least": 0.0} | options) == want
 
 
 @pytest.fixture(scope="module")

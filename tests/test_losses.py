@@ -61,6 +61,16 @@ CASES = {
         (PC, RC),
         partial(naive.anchor, beta=0.1, delta=0.5),
     ),
+    "reward": (  # of a negative mean
+        partial(losses.reward_loss, centring_weight=0.02),
+        (PC / 40, PR / 40),
+        partial(naive.reward, weight=0.02, centring="absolute"),
+    ),
+    "reward_squared": (
+        partial(losses.reward_loss, centring_weight=0.02, centring="square"),
+        (PC / 40, PR / 40 + 3),
+        partial(naive.reward, weight=0.02, centring="square"),
+    ),
     "softmax": (losses.softmax_preference_loss, SEVERAL, partial(naive.softmax_preference, beta=0.1)),
     "single_sigmoid": (
         partial(losses.single_sigmoid_loss, chosen_weight=2.0, rejected_weights=(1.0, 0.5)),
@@ -197,7 +207,7 @@ def test_literal_numbers():
     np.testing.assert_allclose(losses.ipo_loss(*pair)[0], [0.0], atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("sft", "simpo")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("sft", "simpo", "reward", "reward_squared")])
 def test_rewards_are_beta_times_the_log_ratio(case):
     loss, arguments, _ = CASES[case]
     _, stats = loss(*arguments, beta=0.3)

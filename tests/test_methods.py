@@ -24,7 +24,7 @@ from napo_jax.models import Llava
 from napo_jax.objective import DetailedLogps, Edited, Logps
 from napo_jax.optim import OptimizerConfig, make_optimizer, split_trained, unflatten
 from napo_jax.score import score
-from napo_jax.sharding import MeshConfig, make_mesh
+from napo_jax.sharding import MeshConfig, make_mesh, replicated
 from napo_jax.start import first_state
 from napo_jax.step import Frozen, make_train_step
 from napo_jax.world.configs import cure
@@ -58,6 +58,7 @@ class Cells:
                     sums[cell] / self.tokens[cell],
                     Edited(edited[cell], edited[cell] / self.edited_tokens[cell], share[cell]),
                     kl.get(cell),
+                    sums[cell] / 30 + 2,
                 )
                 for cell in objective.cells
             }
@@ -153,6 +154,12 @@ METHODS = {
     "ipo": (methods.ipo(beta=0.2), lambda c: (mean_margin(c, "policy") - mean_margin(c, "reference") - 2.5) ** 2),
     "hinge": (methods.hinge(), lambda c: np.maximum(0, 1 - 0.1 * (c.h("chosen") - c.h("rejected")))),
     "simpo": (methods.simpo(), lambda c: -naive.log_sigmoid(2 * mean_margin(c, "policy") - 1)),
+    "reward": (  # its mean is about 0, of either sign
+        methods.reward(centring_weight=0.05),
+        lambda c: naive.reward(
+            *(np.float64(c.policy[cell]) / 30 + 2 for cell in ("chosen", "rejected")), 0.05, "absolute"
+        ),
+    ),
     "kto_pair": (
         methods.kto_pair(),
         lambda c: naive.kto_pair(
@@ -256,6 +263,9 @@ def test_it_learns_what_it_prefers(name, world):
     """Twenty steps on four pairs of the small world: the margin of every preference rises."""
     objective, _ = METHODS[name]
     data, tokenizer, shape, mesh, (trained, frozen) = world
+    if objective.needs_rewards:
+        head = {"reward/kernel": jnp.zeros((shape.text.width, 1)), "reward/bias": jnp.zeros(1)}
+        trained = trained | jax.device_put(head, replicated(mesh))
     dataset = open_dataset(data, objective, tokenizer, shape)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-4, schedule="constant", warmup=0.0), 20)
     step = quick_jit(make_train_step(Llava(shape), objective, optimizer))

@@ -14,6 +14,7 @@ from napo_jax.losses.kto import kto_pair_loss
 from napo_jax.losses.napo import napo_loss
 from napo_jax.losses.pairs import dpo_loss, hinge_loss, ipo_loss, robust_dpo_loss, simpo_loss
 from napo_jax.losses.references import mixed_reference_logps
+from napo_jax.losses.reward import reward_loss
 from napo_jax.losses.statistics import batch_mean, noise_coefficient, term_weights
 from napo_jax.losses.token_kl import chip_released_loss, token_kl_loss
 
@@ -28,6 +29,7 @@ __all__ = [
     "mixed_reference_logps",
     "napo_loss",
     "noise_coefficient",
+    "reward_loss",
     "robust_dpo_loss",
     "sft_loss",
     "simpo_loss",

@@ -14,7 +14,8 @@ from napo_jax.models.clip import ClipConfig, ClipTower
 from napo_jax.models.layout import Layout
 from napo_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
 from napo_jax.models.lora import LoraConfig, is_adapter
-from napo_jax.models.mixing import Prompts, WholeGroups
+from napo_jax.models.mixing import Prompts, Watched, WholeGroups
+from napo_jax.models.packing import take
 from napo_jax.objective import DetailedLogps
 from napo_jax.sharding import keep_rows
 
@@ -42,6 +43,8 @@ class LlavaConfig:
     freeze_vision: bool = True
     # Low-rank adapters in the decoder.
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    # Whether a reward head stands beside the vocabulary's: from an answer's last hidden state to a number.
+    reward_head: bool = False
 
     def __post_init__(self):
         """Checks the names and the chunk."""
@@ -128,6 +131,16 @@ class _Network(nn.Module):
         with jax.named_scope("language"):
             return self.language(embeddings, positions, mix)[0]
 
+    def watched(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, words):
+        """Returns where words of an answer look in its prefix, by layer: float32[L, B, K, P]."""
+        layout = Layout(prefix_ids.shape[2], answer_ids.shape[2], 1, (0,))
+        self._check_positions(layout.prefix_tokens + layout.answer_tokens)
+        prefix = self._embed_prefixes(images, prefix_ids, prefix_lengths)
+        embeddings = layout.join(prefix, self.language.embed(answer_ids))
+        mix = Watched(WholeGroups(prefix_lengths, answer_lengths, None, layout, self.config.attention), words)
+        with jax.named_scope("language"):
+            return self.language(embeddings, layout.positions(prefix_lengths), mix)[1]
+
     def prompts(self, images, ids, lengths):
         """Returns the logits behind each prompt, float32[B, V], and its keys and values, float[L, B, G, P, K]."""
         self._check_positions(ids.shape[1])
@@ -193,7 +206,10 @@ def layers_apart(params):
 
 @dataclasses.dataclass(frozen=True)
 class Llava:
-    """LLaVA as pure functions of a parameter tree, a plain dict of `vision`, `projector` and `language`."""
+    """LLaVA as pure functions of a parameter tree, a plain dict of `vision`, `projector` and `language`.
+
+    With a reward head there is `reward` too.
+    """
 
     config: LlavaConfig = dataclasses.field(default_factory=LlavaConfig)
 
@@ -209,7 +225,12 @@ class Llava:
         image = jnp.zeros((1, 1, vision.image_size, vision.image_size, 3), jnp.float32)
         lengths = jnp.full((1, 1), vision.image_tokens, jnp.int32)
         network = _Network(dataclasses.replace(self.config, attention="xla"))  # any backend has the same parameters
-        return network.init(key, image, prefix, lengths, *self._no_answers(1), ())["params"]
+        params = network.init(key, image, prefix, lengths, *self._no_answers(1), ())["params"]
+        if self.config.reward_head:
+            # At 0 no answer is better than another, and the loss begins at ln 2, as that of every pair does.
+            width, dtype = self.config.text.width, self.config.param_dtype
+            params = params | {"reward": {"kernel": jnp.zeros((width, 1), dtype), "bias": jnp.zeros((1,), dtype)}}
+        return params
 
     def logits(self, params, input_ids, images):
         """Computes next-token logits of whole sequences, nothing shared: the yardstick for the rest.
@@ -263,6 +284,34 @@ class Llava:
         hidden = self.predictors(params, groups, cell_image, packing, dropout, gates)
         return self._token_logps(params, hidden, groups, cell_image, packing)
 
+    def rewards(self, params, groups, cell_image, packing=None, dropout=None):
+        """Computes the reward of every answer, float32[B, C]: a linear map of its last token's final hidden state.
+
+        That of an empty answer is of no use. See `logps` for the arguments; no vocabulary is gone through.
+        """
+        if "reward" not in params:
+            raise ValueError("the parameters hold no reward head: it is trained by the objective reward")
+        last = self._last_states(params, groups, cell_image, packing, dropout)
+        head = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params["reward"])
+        with jax.named_scope("reward"):
+            # In float32: one product for each answer, whose sum over D would lose what tells answers apart.
+            values = jnp.einsum("bcd,d->bc", last.astype(jnp.float32), head["kernel"][:, 0], precision="highest")
+            return values + head["bias"][0]
+
+    def _last_states(self, params, groups, cell_image, packing, dropout):
+        """Returns the final hidden state of each answer's last token, float[B, C, D]."""
+        check_groups(groups, cell_image, self.config)
+        cells, tokens = groups.answer_ids.shape[1:]
+        last = jnp.maximum(groups.answer_lengths - 1, 0)
+        if packing is None:
+            _, answer = self._apply(params, *groups[:5], cell_image, dropout=dropout)
+            return keep_rows(jnp.take_along_axis(answer, last[:, :, None, None], axis=2)[:, :, 0])
+        order = self._order(groups, cell_image, packing)
+        hidden = self._apply(params, *groups[:5], order, method="packed", dropout=dropout)
+        place = order.layout.prefixes * order.layout.prefix_tokens + np.arange(cells)[None] * tokens + last
+        found = take(hidden, take(order.packed_places, place))
+        return keep_rows(jnp.where(order.fits[:, None, None], found, jnp.nan))
+
     def _token_logps(self, params, hidden, groups, cell_image, packing):
         head = params["language"]["head"]
         order = self._order(groups, cell_image, packing)
@@ -287,6 +336,27 @@ class Llava:
         if images is not None:
             check_images(images, ids.shape[:1], self.config)
         return self._apply(params, images, ids, lengths, method="prompts")
+
+    def attention(self, params, groups, words):
+        """Computes where words of an answer look in its picture: the share of attention, averaged over heads.
+
+        Args:
+          params: the parameter tree.
+          groups: `Groups` of one prefix and one answer each.
+          words: float32[B, K, T], for each of K words its share in each answer token; each adds up to one.
+
+        Returns:
+          float32[L, B, K, N], by layer and image token; NaN for a prefix without a whole picture.
+        """
+        if (groups.prefix_ids.shape[1], groups.answer_ids.shape[1]) != (1, 1):
+            raise ValueError(f"one answer to one picture looks at it, got {groups.answer_ids.shape[1]} answers")
+        check_groups(groups, (0,), self.config)
+        looked = self._apply(params, *groups[:5], words, method="watched")
+        slots, count = groups.prefix_ids[:, 0] == IMAGE_SLOT, self.config.vision.image_tokens
+        places = jnp.argsort(~slots, axis=1, stable=True)[:, :count]
+        whole = jnp.sum(slots, axis=1) == count
+        found = jnp.take_along_axis(looked, places[None, :, None], axis=3)
+        return jnp.where(whole[None, :, None, None], found, jnp.nan)
 
     def next_token(self, params, ids, mix, kept):
         """Reads one token of each beam.

@@ -127,6 +127,7 @@ _TOKEN = re.compile(
 )
 _OWN = re.compile(r"['’]s?$", re.IGNORECASE)
 _NAMING = ("noun", "adjective", "dull")
+_NO_NOUNS = ("verb", "either", "auxiliary", "be", "adverb", "preposition")
 _BEFORE_NOUN = ("determiner", "number", "adjective")
 
 
@@ -149,10 +150,7 @@ def find_chunks(text: str) -> list[Chunk]:
     >>> find_chunks("It shows a slice of pizzas.")[-1]
     Chunk(text='pizzas', start=20, end=26, head='pizza', normal='pizza', place=5)
     """
-    tokens = list(_tokens(text))
-    for number, token in enumerate(tokens):
-        before, after = (tokens[n] if 0 <= n < len(tokens) else _GAP for n in (number - 1, number + 1))
-        tokens[number] = token._replace(kind=_settle(token, before, after))
+    tokens = _settled(text)
     chunks, run = [], []
     tells = False  # whether what comes next says how something is, as after "the sky is"
     for number, token in enumerate(tokens):
@@ -167,6 +165,42 @@ def find_chunks(text: str) -> list[Chunk]:
             tells = False
         run = [token] if token.kind == "number" else []
     return chunks + _chunk(text, run, tells)
+
+
+def name_phrases(text: str, phrases) -> list[Chunk]:
+    """Returns the things that phrases of a text name, where another parser has found the phrases.
+
+    What such a phrase says without naming a thing is left out as it is by `find_chunks`: a pronoun, "the left side",
+    the slice of "a slice of pizza".
+
+    Args:
+      text: the text.
+      phrases: (start, end, head) of each, in characters: of the phrase, exclusive at its end, and of its main word.
+
+    >>> [chunk.text for chunk in name_phrases("It is a slice of pizza.", [(0, 2, 0), (6, 13, 8), (17, 22, 17)])]
+    ['pizza']
+    """
+    tokens, chunks = _settled(text), []
+    for start, end, head in phrases:
+        run = [token for token in tokens if start <= token.start and token.end <= end]
+        while run and run[0].kind not in (*_NAMING, "number") and not run[0].start <= head < run[0].end:
+            run = run[1:]
+        # Words that are lists' verbs, or anything else, are nouns where the parser has one for the phrase's main word.
+        run = [
+            token._replace(kind="noun") if token.kind in _NO_NOUNS and token.start <= head < token.end else token
+            for token in run
+        ]
+        chunks += _chunk(text, run, tells=False)
+    return chunks
+
+
+def _settled(text):
+    """Returns the words and breaks of a text, each with what it is beside its neighbours."""
+    tokens = list(_tokens(text))
+    for number, token in enumerate(tokens):
+        before, after = (tokens[n] if 0 <= n < len(tokens) else _GAP for n in (number - 1, number + 1))
+        tokens[number] = token._replace(kind=_settle(token, before, after))
+    return tokens
 
 
 def _tokens(text):

@@ -74,7 +74,7 @@ class Keyword(NamedTuple):
     score: float
 
 
-def keywords(text: str, *, count: int | None = None, ranking: Ranking | None = None) -> list[Keyword]:
+def keywords(text: str, *, count: int | None = None, ranking: Ranking | None = None, find=find_chunks) -> list[Keyword]:
     """Returns the things of a text that matter most, best first; of two with one score, the earlier.
 
     A phrase that only says less, or more, of a thing that is there already, as "umbrella" of "red umbrella", is left
@@ -84,6 +84,7 @@ def keywords(text: str, *, count: int | None = None, ranking: Ranking | None = N
       text: an English answer or caption.
       count: the most that are returned, if not the ranking's.
       ranking: the constants, if not the defaults.
+      find: what finds the things that a text names, as `find_chunks` does.
 
     >>> [keyword.text for keyword in keywords("A man rides a horse on the beach.", count=2)]
     ['horse', 'man']
@@ -92,7 +93,7 @@ def keywords(text: str, *, count: int | None = None, ranking: Ranking | None = N
     count = ranking.count if count is None else count
     if count < 0:
         raise ValueError(f"count must be 0 or more, got {count}")
-    candidates = group_chunks(find_chunks(text))
+    candidates = group_chunks(find(text))
     scores = score_candidates(candidates, ranking)
     taken = []
     for number in np.argsort(-np.round(scores, _DIGITS), kind="stable"):
