@@ -129,6 +129,8 @@ class TrainConfig:
     keep: int = 3
     keep_best: int = 0
     best_metric: str = "loss"
+    # Keep compiled programs in the workdir: the next start loads them. JAX_COMPILATION_CACHE_DIR names another folder.
+    compile_cache: bool = True
     # Write metrics for TensorBoard too, into the workdir; the name of a project, to log them to W&B.
     tensorboard: bool = False
     wandb: str | None = None
