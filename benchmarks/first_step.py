@@ -1,9 +1,9 @@
 """How long a run takes to its first step's end: with nothing compiled before, and with its programs in its workdir.
 
-    python benchmarks/first_step.py [--size shapes] [--pairs 3]
+    python benchmarks/first_step.py [--config configs/shapes.py] [--pairs 3]
 
-Each pair is two processes of `napo_jax.train` with configs/debug.py: the first begins in an empty workdir, the second
-in the same one when everything but `compiled/` has been removed from it. The last line is JSON; `ratio` is the median
+Each pair is two processes of `napo_jax.train`: the first begins in an empty workdir, the second in the same one when
+everything but `compiled/` has been removed from it. The last line is JSON; `ratio` is the median
 time of the first over that of the second, from `train`'s own line, without Python's imports.
 """
 
@@ -23,16 +23,17 @@ ROOT = Path(__file__).parents[1]
 LINE = r"begun .* is done ([\d.]+) s after the start, ([\d.]+) s of them for (\d+) programs compiled and (\d+) loaded"
 
 
-def run(workdir, size):
+def run(workdir, config):
     """Trains two steps; returns what the line of the first one says, and the seconds of the process."""
-    command = [sys.executable, "-m", "napo_jax.train", "--config", "configs/debug.py", "--workdir", str(workdir)]
-    options = ["--model.size", size, "--train.steps", "2", "--data.made-up", "32", "--data.buckets", "1"]
-    options += ["--data.cache", str(workdir.parent / "cache")]
+    command = [sys.executable, "-m", "napo_jax.train", "--config", config, "--workdir", str(workdir)]
+    options = ["--train.steps", "2", "--data.cache", str(workdir.parent / "cache")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment["JAX_PLATFORMS"] = "cpu"
     begun = time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, check=True, **pipes)
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, **pipes)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     seconds, compiling, compiled, loaded = re.search(LINE, done.stdout).groups()
     return {
         "seconds": float(seconds),
@@ -47,19 +48,19 @@ def run(workdir, size):
 def main():
     """Runs the pairs and prints a table and a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", default="shapes", help="of the model")
+    parser.add_argument("--config", default="configs/shapes.py")
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
     rows = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder) / "ahead", options.size)  # the records' cache, and files in memory
+        run(Path(folder) / "ahead", options.config)  # the records' cache, and files in memory
         for number in range(options.pairs):
             workdir = Path(folder) / str(number)
-            rows["cold"].append(run(workdir, options.size))
+            rows["cold"].append(run(workdir, options.config))
             for path in workdir.iterdir():
                 if path.name != "compiled":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            rows["warm"].append(run(workdir, options.size))
+            rows["warm"].append(run(workdir, options.config))
         kept = sum(file.stat().st_size for file in workdir.glob("compiled/**/*") if file.is_file())
     middle = lambda which, name: statistics.median(row[name] for row in rows[which])
     for which in rows:
@@ -70,7 +71,7 @@ def main():
         )
     print(f"kept: {kept / 2**20:.1f} MiB")
     ratio = middle("cold", "seconds") / middle("warm", "seconds")
-    print(json.dumps({"benchmark": "first_step", "ratio": ratio, "size": options.size, "kept_bytes": kept, **rows}))
+    print(json.dumps({"benchmark": "first_step", "ratio": ratio, "config": options.config, "kept": kept, **rows}))
 
 
 if __name__ == "__main__":
