@@ -1,13 +1,15 @@
 # Two commands need nothing but Python 3.11+, git and make:
 #   make demo    see the method work on this machine
 #   make test    lint, then the whole suite
+# and one that takes minutes:
+#   make configs compile the step of every file in configs/ for a TPU, at the size of the tiny model
 # The environment is made once; for another interpreter: make clean && PYTHON=python3.12 make test
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint figures docs wheel clean
+.PHONY: demo test lint configs figures docs wheel clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m napo_jax.demo
@@ -18,6 +20,9 @@ test: lint
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+configs: $(VENV)/.installed-for-tests
+	$(BIN)/python tests/plan_configs.py configs/*.py
 
 figures: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[docs]'

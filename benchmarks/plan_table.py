@@ -1,9 +1,9 @@
-"""The table of configs and topologies in docs/plan.md: each step compiled by `napo_jax.plan`, one after the other.
+"""The tables of configs and topologies in docs/plan.md: each step compiled by `napo_jax.plan`, one after the other.
 
-    python benchmarks/plan_table.py [--rows rows.jsonl]
+    python benchmarks/plan_table.py [--table plan_table|plan_scale|plan_lean] [--rows rows.jsonl]
 
 A step of 7B takes minutes to compile on two cores. `--rows` keeps what was compiled, and a second run goes on from
-there. The last line is JSON; `ratio` is the peak of llava7b.py on v5e:4x4 over the memory of such a chip.
+there. The last line is JSON; `ratio` is the peak of a table's first row over the memory of such a chip.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+from napo_jax.costs import BETWEEN
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "plan.md"
@@ -31,6 +33,50 @@ CASES = (
     ("dpo7b", "v5e:4x4", ()),
     ("llava7b", "h100:8", ()),
 )
+
+
+def on(data, fsdp, tensor, groups, *flags, slices=1, accumulate=1):
+    """Returns the flags of a mesh and a batch."""
+    mesh = ("--mesh.data", str(data), "--mesh.fsdp", str(fsdp), "--mesh.tensor", str(tensor))
+    batch = ("--data.batch-size", str(groups), "--train.accumulate", str(accumulate))
+    return (*mesh, *batch, *(("--mesh.slices", str(slices)) if slices > 1 else ()), *flags)
+
+
+# Model by topology by micro-batch, up to two slices of 256 and 64 chips and one of 512.
+SCALE = (
+    ("llava7b", "v5e:4x4", ("--model.remat", "mlp")),
+    ("llava7b", "v5e:4x4", ("--train.accumulate", "2")),
+    ("llava7b", "v5e:8x8", on(1, 32, 2, 32)),
+    ("llava7b", "v5e:8x8", on(1, 32, 2, 64)),
+    ("llava7b", "v5e:16x16", on(2, 32, 4, 64)),
+    ("llava7b", "v5e:16x16", on(4, 32, 4, 128, slices=2)),
+    ("llava7b", "v5p:2x2x1", ("--model.remat", "dots")),
+    ("llava7b", "v5p:4x4x4", on(1, 32, 2, 64)),
+    ("llava7b", "v5p:4x4x4", on(1, 32, 2, 128)),
+    ("llava7b", "v5p:4x4x4", on(2, 32, 2, 128, slices=2)),
+    ("llava7b", "v5p:8x8x8", on(4, 32, 4, 128)),
+    ("llava13b", "v5e:16x16", on(2, 32, 4, 64)),
+    ("llava13b", "v5e:16x16", on(4, 32, 4, 128, slices=2)),
+    ("llava13b", "v5p:4x4x4", on(1, 32, 2, 64)),
+    ("llava13b", "v5p:8x8x8", on(4, 32, 4, 128)),
+    ("llava7b_lora", "v5e:4x4", ("--train.accumulate", "2")),
+    ("llava7b_lora", "v5p:2x2x1", ("--train.accumulate", "2")),
+    ("llava7b_lora", "v5e:8x8", on(1, 32, 2, 32)),
+    ("llava13b", "v5e:4x4", on(1, 16, 1, 32, "--lora.rank", "64", "--train.reference", "adapters_off", accumulate=2)),
+)
+_LEAN = ("--optimizer.moment-dtype", "bfloat16", "--optimizer.second-moment", "factored")
+# Full fine-tuning of 7B on few chips: AdamW's 12 bytes a parameter, and 6.
+LEAN = tuple(
+    ("llava7b", topology, (*flags, *lean))
+    for topology, flags in (
+        ("v5e:2x4", ()),
+        ("v5e:2x2", ("--data.batch-size", "4")),
+        ("v6e:2x2", ("--data.batch-size", "16")),
+        ("v6e:2x2", ()),
+    )
+    for lean in ((), _LEAN)
+)
+TABLES = {"plan_table": CASES, "plan_scale": SCALE, "plan_lean": LEAN}
 
 
 def run(config, topology, flags, kept=None):
@@ -60,10 +106,13 @@ def cells(config, flags, row):
     """Returns a line of the table."""
     gib, mesh = lambda size: f"{size / 2**30:.1f}", row["mesh"]
     at_a_time = row["groups"] // (mesh["data"] * mesh["fsdp"] * row["accumulate"])
-    sent = sum(kind["bytes"] for kind in row["collectives"].values())
+    between = lambda which: sum(
+        sent["bytes"] / 1e9 for kind, sent in row["collectives"].items() if kind.endswith(BETWEEN) == which
+    )
+    slices = row.get("slices", 1)
     return (
-        f"`{config}.py` {' '.join(flags)}",
-        f"{row['topology']}{' (estimate)' if row['estimate'] else ''}",
+        " ".join((f"`{config}.py`", *told(flags))),
+        f"{f'{slices} x ' if slices > 1 else ''}{row['topology']}{' (estimate)' if row['estimate'] else ''}",
         " x ".join(str(mesh[axis]) for axis in ("data", "fsdp", "tensor")),
         f"{at_a_time} x {row['accumulate']}",
         "yes" if row["fits"] else "**no**",
@@ -71,8 +120,9 @@ def cells(config, flags, row):
         gib(row["state_bytes"]),
         gib(row["peak_bytes"]),
         f"{row['flops_per_step'] / row['devices'] / 1e12:.0f} / {row['flops_done_per_device'] / 1e12:.0f}",
-        f"{sent / 1e9:.1f}",
+        f"{between(False):.1f}" + (f" + {between(True):.1f}" if slices > 1 else ""),
         f"{row['step_seconds']:.2f}",
+        f"{row['groups'] / row['step_seconds']:.0f}",
         row["bound"],
         f"{row['mfu_at_most']:.0%}",
         f"{row['compile_seconds']:.0f}",
@@ -81,22 +131,31 @@ def cells(config, flags, row):
 
 TITLES = (
     *("config", "topology", "data x fsdp x tensor", "groups at a time x micro-batches", "fits", "HBM GiB", "state GiB"),
-    *("peak GiB", "TFLOP needed / done", "sent GB", "step s, at least", "bound by", "MFU, at most", "compiled in s"),
+    *("peak GiB", "TFLOP needed / done", "sent GB", "step s, at least", "groups/s, at most", "bound by"),
+    *("MFU, at most", "compiled in s"),
 )
+
+
+def told(flags):
+    """Yields the flags that no column of the table tells."""
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        if not flag.startswith("--mesh.") and flag not in ("--data.batch-size", "--train.accumulate"):
+            yield f"{flag} {value}"
 
 
 def main():
     """Compiles, writes the table and prints a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--table", choices=TABLES, default="plan_table")
     parser.add_argument("--rows", type=Path, help="where rows are kept between runs")
     options = parser.parse_args()
-    rows = []
-    for config, topology, flags in CASES:
+    rows, cases = [], TABLES[options.table]
+    for config, topology, flags in cases:
         rows.append(run(config, topology, flags, options.rows))
         print("  ".join(cells(config, flags, rows[-1])), flush=True)
-    write_between("plan_table", TITLES, [cells(c[0], c[2], row) for c, row in zip(CASES, rows, strict=True)])
+    write_between(options.table, TITLES, [cells(c[0], c[2], row) for c, row in zip(cases, rows, strict=True)])
     ratio = rows[0]["peak_bytes"] / rows[0]["hbm_bytes"]
-    print(json.dumps({"benchmark": "plan_table", "ratio": ratio, "rows": rows}))
+    print(json.dumps({"benchmark": options.table, "ratio": ratio, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ class Chip(NamedTuple):
     cores: int = 1  # of a chip
     sides: int = 2  # of a TPU's torus
     largest: int = 2**31  # chips in a pod
-    network_bandwidth: float = 0.0  # bytes a second of a GPU to those outside its machine of 8
+    network_bandwidth: float = 0.0  # bytes a second to other slices, of a GPU to those outside its machine of 8
 
 
 CHIPS = {
-    "v5e": Chip("tpu", int(15.75 * _GIB), 197e12, 819e9, 90e9, "v5litepod-{}", largest=256),
-    "v6e": Chip("tpu", int(31.25 * _GIB), 918e12, 1640e9, 180e9, "v6e-{}", largest=256),
-    "v5p": Chip("tpu", int(95.74 * _GIB), 459e12, 2765e9, 180e9, "v5p-{}", cores=2, sides=3, largest=8960),
+    # The network's: 6.4 and 25.6 Tbit/s of a pod of 256 (v5e, v6e), 200 Gbit/s of a machine of 4 (v5p).
+    "v5e": Chip("tpu", int(15.75 * _GIB), 197e12, 819e9, 90e9, "v5litepod-{}", largest=256, network_bandwidth=3.125e9),
+    "v6e": Chip("tpu", int(31.25 * _GIB), 918e12, 1640e9, 180e9, "v6e-{}", largest=256, network_bandwidth=12.5e9),
+    "v5p": Chip("tpu", int(95.74 * _GIB), 459e12, 2765e9, 180e9, "v5p-{}", 2, 3, 8960, 6.25e9),
     "a100": Chip("gpu", int(80e9), 312e12, 2039e9, 300e9, network_bandwidth=25e9),
     "h100": Chip("gpu", int(80e9), 989e12, 3350e9, 450e9, network_bandwidth=50e9),
     "h200": Chip("gpu", int(141e9), 989e12, 4800e9, 450e9, network_bandwidth=50e9),
@@ -47,18 +48,23 @@ class Topology:
 
     name: str  # "v5e:4x4", "h100:8"
     chip: Chip
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of a slice
+    slices: int = 1  # that only the network joins
 
     @property
     def devices(self) -> int:
-        """How many there are."""
-        return math.prod(self.shape)
+        """How many there are, in all slices."""
+        return math.prod(self.shape) * self.slices
+
+    def __str__(self):
+        return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
     @property
     def link_bandwidth(self) -> float:
-        """Bytes a second that a device sends to the others."""
+        """Bytes a second that a device sends to the others of its slice."""
         chip = self.chip
-        return chip.network_bandwidth if chip.platform == "gpu" and self.devices > _MACHINE else chip.link_bandwidth
+        beyond = chip.platform == "gpu" and math.prod(self.shape) > _MACHINE
+        return chip.network_bandwidth if beyond else chip.link_bandwidth
 
     @property
     def estimate(self) -> bool:
@@ -66,8 +72,8 @@ class Topology:
         return self.chip.platform != "tpu" or importlib.util.find_spec("libtpu") is None
 
 
-def find_topology(name: str | None) -> Topology:
-    """Returns the topology of a name such as v5e:4x4 or h100:8; raises one line if there is none."""
+def find_topology(name: str | None, slices: int = 1) -> Topology:
+    """Returns the topology of slices that are named such as v5e:4x4 or h100:8; raises one line if there is none."""
     kinds = ", ".join(CHIPS)
     if name is None:
         raise ValueError("say what to plan for: --topology v5e:4x4, for example")
@@ -79,10 +85,10 @@ def find_topology(name: str | None) -> Topology:
     if not re.fullmatch(pattern, text):
         example = "8" if chip.platform == "gpu" else "4x4x4" if chip.sides == 3 else "4x4"
         raise ValueError(f"no topology {name}: the shape of {kind} is written as in {kind}:{example}")
-    topology = Topology(name, chip, tuple(map(int, text.split("x"))))
+    topology = Topology(name, chip, tuple(map(int, text.split("x"))), slices)
     if chip.sides == 2 and chip.platform == "tpu" and text not in _SQUARES:
         raise ValueError(f"no topology {name}: of {kind} there are {', '.join(_SQUARES)}")
-    if topology.devices > chip.largest:
+    if math.prod(topology.shape) > chip.largest:
         raise ValueError(f"no topology {name}: a pod of {kind} has {chip.largest} chips")
     return topology
 
@@ -99,12 +105,13 @@ def planned_devices(topology: Topology) -> list:
     chip = topology.chip
     # Without these, libtpu asks a metadata server that exists only in a cloud, and one process at a time may load it.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ["TPU_ACCELERATOR_TYPE"] = chip.accelerator.format(chip.cores * topology.devices)
-    host = (1, 1, 1) if topology.devices == 1 else (2, 2, 1)
+    chips = math.prod(topology.shape)
+    os.environ["TPU_ACCELERATOR_TYPE"] = chip.accelerator.format(chip.cores * chips)
+    options = {"chips_per_host_bounds": (1, 1, 1) if chips == 1 else (2, 2, 1)}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, chips_per_host_bounds=host
-        ).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"no topology {topology.name}, says libtpu: {str(error).partition(': ')[2]}") from None
     return list(found)

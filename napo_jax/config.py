@@ -37,8 +37,9 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # "auto", "xla", "cudnn" (NVIDIA GPU) or "splash" (TPU).
     attention: str = "auto"
-    # What the decoder stores for the backward pass: "none" recomputes nothing, "dots" a little, "full" each layer.
-    remat: Literal["none", "dots", "full"] = "full"
+    # What the decoder stores for the backward pass: "none" recomputes nothing, "dots" a little, "mlp" the attention and
+    # its products, "full" each layer. In this order they take ever less memory and ever more time.
+    remat: Literal["none", "dots", "mlp", "full"] = "full"
 
     def __post_init__(self):
         """Checks the fields' types and choices."""
@@ -133,6 +134,8 @@ class TrainConfig:
     keep: int = 3
     keep_best: int = 0
     best_metric: str = "loss"
+    # Keep compiled programs in the workdir: the next start loads them. JAX_COMPILATION_CACHE_DIR names another folder.
+    compile_cache: bool = True
     # Write metrics for TensorBoard too, into the workdir; the name of a project, to log them to W&B.
     tensorboard: bool = False
     wandb: str | None = None

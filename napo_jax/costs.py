@@ -8,6 +8,8 @@ import functools
 import math
 import re
 
+import numpy as np
+
 from napo_jax.hlo import Program
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -20,13 +22,25 @@ _FREE = {
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveDone")
 
 
-def collectives(program: Program) -> dict[str, tuple[int, float]]:
+BETWEEN = " between slices"
+
+
+def collectives(program: Program, slices: int = 1) -> dict[str, tuple[int, float]]:
     """Returns {kind: (how often, bytes that a device sends)}, the most bytes first.
 
     Bytes are those of a ring: n devices that gather, scatter or exchange B bytes send B (n - 1) / n each, and a
-    reduction to all of them is a scatter and a gather.
+    reduction to all of them is a scatter and a gather. What n devices in each of s slices send one another is sent in
+    two rings, one in a slice and one of s devices that hold the n-th part of the bytes; the second is under a key of
+    its own, that ends in " between slices". A TPU's program is that of one slice, and tells what others get.
     """
     found, seen = {}, set()
+    network = _handed_to_network(program)
+    within = 1 if network else slices
+
+    def add(kind, times, sent):
+        before = found.get(kind, (0, 0.0))
+        found[kind] = (before[0] + times, before[1] + times * sent)
+
     for name, computation in program.computations.items():
         for instruction in computation.values():
             kind = instruction.opcode.removesuffix("-start")
@@ -38,37 +52,76 @@ def collectives(program: Program) -> dict[str, tuple[int, float]]:
                 if channel[1] in seen:
                     continue
                 seen.add(channel[1])
-            times, sent = found.get(kind, (0, 0.0))
-            found[kind] = (
-                times + program.runs[name],
-                sent + _sent(kind, instruction, program) * program.runs[name],
-            )
+            inside, between = _sent(kind, instruction, program, within)
+            if inside or not between:
+                add(kind, program.runs[name], inside)
+            if between:
+                add(kind + BETWEEN, program.runs[name], between)
+    for kind, times, size in network:
+        rounds = {"all-reduce": 2 / slices, "all-gather": 1, "collective-permute": 1 / (slices - 1)}
+        add(kind + BETWEEN, times, size * (slices - 1) * rounds.get(kind, 1 / slices))
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
-def _sent(kind, instruction, program):
+def _handed_to_network(program):
+    """Returns (kind, how often, bytes that a device hands over) of what goes to other slices by way of the hosts."""
+    return [
+        (found[1].lower().replace("_", "-"), program.runs[name], instruction.arrays[0].bytes)
+        for name, computation in program.computations.items()
+        for instruction in computation.values()
+        if instruction.opcode == "send" and program.runs[name]
+        for found in [re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)]
+        if found
+    ]
+
+
+def _sent(kind, instruction, program, slices):
+    """Returns the bytes that a device sends within its slice, and to other slices."""
     sizes = [array.bytes for array in instruction.arrays]
     if instruction.opcode == "all-gather-start":  # (operands, results)
         sizes = sizes[len(sizes) // 2 :]
+    slice_of = lambda devices: devices * slices // program.devices
     if kind == "collective-permute":  # of a start, (operand, result, ...)
-        return sizes[0]
-    size, n = sum(sizes), _group_size(instruction.rest, program.devices)
-    if kind == "reduce-scatter":
-        return size * (n - 1)
-    return size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+        text = instruction.rest.partition("source_target_pairs={")[2].partition("}}")[0]
+        pairs = np.array(re.findall(r"(\d+),(\d+)", text), int).reshape(-1, 2)
+        crosses = slices > 1 and (slice_of(pairs[:, 0]) != slice_of(pairs[:, 1])).any()
+        return (0, sizes[0]) if crosses else (sizes[0], 0)
+    groups = _groups(instruction.rest, program.devices)
+    n, s = groups.shape[1], len(set(slice_of(groups[0])))
+    size = sum(sizes) * (n if kind == "reduce-scatter" else 1)  # of what is cut or put together
+    twice = 2 if kind == "all-reduce" else 1
+    if "to-all" in kind:
+        return size * (n // s - 1) / n, size * (n - n // s) / n
+    return twice * size * (n // s - 1) / (n // s), twice * size * (s - 1) / n
 
 
-def _group_size(attributes, devices):
-    """Returns how many devices take part in a collective together."""
+def _groups(attributes, devices):
+    """Returns int[G, n], the devices that take part in a collective together."""
+    everyone = np.arange(devices)
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # 'axis', or 'axis':(before)size for a part of it
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return len(found[1].split(","))
-    return devices
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        # 'axis', or 'axis':(before)size for a part of it.
+        taken = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[2])
+        shape, places = [], {}
+        for axis, size in sizes.items():
+            parts = [(int(before or 1), int(part or size)) for name, before, part in taken if name == axis]
+            done = 1
+            for before, part in sorted(parts):
+                shape += [before // done, part]
+                places[axis, before] = len(shape) - 1
+                done = before * part
+            shape.append(size // done)
+        last = [places[axis, int(before or 1)] for axis, before, _ in taken]
+        first = [i for i in range(len(shape)) if i not in last]
+        n = math.prod(shape[i] for i in last)
+        return everyone.reshape(shape).transpose(first + last).reshape(-1, n)
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        numbers = lambda text: [int(number) for number in text.split(",")]
+        grid = everyone.reshape(numbers(found[3]))
+        return (grid.transpose(numbers(found[4])) if found[4] else grid).reshape(int(found[1]), int(found[2]))
+    if found := re.search(r"replica_groups=\{(\{[\d,{} ]+\})\}", attributes):
+        return np.array([group.split(",") for group in re.findall(r"\{([\d,]+)\}", found[1])], int)
+    return everyone[None]
 
 
 def matrix_flops(program: Program) -> float:

@@ -30,7 +30,7 @@ from napo_jax.models.attention import resolve_backend
 from napo_jax.models.layout import Layout
 from napo_jax.models.lora import is_adapter
 from napo_jax.optim import make_optimizer
-from napo_jax.plan_report import Plan, State, advice
+from napo_jax.plan_report import Plan, State, advice, room
 from napo_jax.sharding import ROWS, make_mesh, over_rows
 from napo_jax.start import abstract_parts, first_state, make_model
 from napo_jax.step import Frozen, make_train_step
@@ -44,7 +44,7 @@ _ANY_STEPS = 1000  # of a schedule: no shape depends on it
 class Options:
     """The command's own options."""
 
-    # The devices, such as v5e:4x4, v5p:2x2x1 or h100:8.
+    # The devices, such as v5e:4x4, v5p:2x2x1 or h100:8; with --mesh.slices 2, of each of two.
     topology: str | None = None
     # Print one JSON object.
     json: bool = False
@@ -123,10 +123,11 @@ def plan(config: Config, topology: Topology, *, prefix_tokens: int = 704, answer
         flops_per_step=needed,
         flops_done=costs.matrix_flops(compiled.program) + kernels,
         hbm_traffic=costs.hbm_bytes(compiled.program),
-        collectives=costs.collectives(compiled.program),
+        collectives=costs.collectives(compiled.program, topology.slices),
         compile_seconds=compiled.seconds,
     )
-    return dataclasses.replace(result, advice=() if result.fits else tuple(advice(config, model, trained, result)))
+    change = room(config, model, result) if result.fits else advice(config, model, trained, result)
+    return dataclasses.replace(result, advice=tuple(change))
 
 
 def _model(config, notes):
@@ -239,7 +240,7 @@ def main(argv=None):
     config, options = parse(Options, argv, description=__doc__)
     found = plan(
         config,
-        find_topology(options.topology),
+        find_topology(options.topology, max(1, config.mesh.slices)),
         prefix_tokens=options.prefix_tokens,
         answer_tokens=options.answer_tokens,
     )

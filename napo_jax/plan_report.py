@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from napo_jax.chips import Topology
 from napo_jax.compiled import Buffer
+from napo_jax.costs import BETWEEN
 from napo_jax.data.buckets import Bucket
 
 
@@ -37,7 +38,7 @@ class Plan:
     hbm_traffic: float  # bytes read and written
     collectives: dict[str, tuple[int, float]]  # {kind: (how often, bytes that a device sends)}
     compile_seconds: float
-    advice: tuple[str, ...] = ()  # where it does not fit
+    advice: tuple[str, ...] = ()  # where it does not fit, or has room
 
     @property
     def fits(self) -> bool:
@@ -48,11 +49,18 @@ class Plan:
     def seconds(self) -> dict[str, float]:
         """The time that each part of a device takes for its share of a step, if nothing holds it up."""
         chip = self.topology.chip
-        return {
+        seconds = {
             "matrix products": self.flops_done / chip.peak_flops,
             "memory": self.hbm_traffic / chip.hbm_bandwidth,
-            "links": sum(sent for _, sent in self.collectives.values()) / self.topology.link_bandwidth,
+            "links": self._sent(between=False) / self.topology.link_bandwidth,
         }
+        if self.topology.slices > 1:
+            seconds["network"] = self._sent(between=True) / chip.network_bandwidth
+        return seconds
+
+    def _sent(self, between):
+        """Counts the bytes that a device sends to other slices, or within its own."""
+        return sum(sent for kind, (_, sent) in self.collectives.items() if kind.endswith(BETWEEN) == between)
 
     @property
     def bound(self) -> str:
@@ -69,6 +77,7 @@ class Plan:
         """Returns the plan as plain values; bytes are those of one device."""
         return {
             "topology": self.topology.name,
+            "slices": self.topology.slices,
             "devices": self.topology.devices,
             "estimate": self.topology.estimate,
             "mesh": self.mesh,
@@ -102,7 +111,7 @@ class Plan:
             yield "and what is sent come out larger than they are; the state and the arithmetic are right."
         verdict = "fits" if self.fits else "DOES NOT FIT"
         memory = f"{_size(self.peak_bytes)} of {_size(chip.hbm_bytes)}"
-        yield f"{self.topology.name}: {verdict}, {memory} on each of {devices} devices"
+        yield f"{self.topology}: {verdict}, {memory} on each of {devices} devices"
         for note in self.notes:
             yield f"  note      {note}"
         at_a_time = self.groups // (self.mesh["data"] * self.mesh["fsdp"] * self.accumulate)
@@ -129,6 +138,7 @@ class Plan:
             yield f"  change    {line}"
 
 
+_SAFE = 0.9  # of what is left: a compiler places arrays with gaps
 _NOISE = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "_Network.packed", "jvp()", ""}
 
 
@@ -194,6 +204,34 @@ def advice(config, model, trained, plan: Plan):
         yield f"a larger topology: about {more * mesh['data']} devices"
     else:
         yield "a larger topology, with fewer groups on each device"
+
+
+def room(config, model, plan: Plan):
+    """Yields what to change where memory is left over: to store what is computed again.
+
+    Args:
+      config: the `Config`.
+      model: the `Llava`.
+      plan: the `Plan` so far.
+    """
+    text, mesh = model.config.text, plan.mesh
+    tokens = plan.groups // (mesh["data"] * mesh["fsdp"] * plan.accumulate) * plan.bucket.tokens * text.layers
+    features = {
+        "dots": text.head_width * 2 * (text.heads + text.kv_heads) + 2 * text.mlp_width,
+        "mlp": 2 * text.mlp_width,
+        "full": 0,
+    }
+    stored = features.get(config.model.remat)
+    left = plan.topology.chip.hbm_bytes - plan.peak_bytes
+    for remat, more in features.items() if stored is not None else ():
+        takes = tokens * (more - stored) * model.config.dtype.itemsize // mesh["tensor"]
+        if 0 < takes < _SAFE * left:
+            less = 2 * tokens * plan.accumulate * text.width * (more - stored) / mesh["tensor"]
+            yield (
+                f"--model.remat {remat}: there is room for about {_size(takes)} more, and each device computes "
+                f"{less / 1e12:.1f} TFLOP less"
+            )
+            return
 
 
 def _size(count):

@@ -49,15 +49,16 @@ class MeshConfig:
     fsdp: int = -1
     # Devices that share the arithmetic of one row.
     tensor: int = 1
-    # Groups of devices that only a slow network joins, such as the slices of several TPU pods; `data` is cut over them.
-    slices: int = 1
+    # Groups of devices that only a slow network joins, such as slices of TPU pods: `data` is cut over them first, so
+    # that pieces of parameters stay within one. -1: as many as TPUs say, and one of other devices.
+    slices: int = -1
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Lays out devices as a config says; raises if they are not as many as it needs."""
     devices = jax.devices() if devices is None else list(devices)
     shape = [config.data, config.fsdp, config.tensor]
-    if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1 or config.slices < 1:
+    if any(size < 1 and size != -1 for size in (*shape, config.slices)) or shape.count(-1) > 1:
         raise ValueError(f"mesh sizes must be at least 1, and one may be -1, got {config}")
     known = math.prod(size for size in shape if size != -1)
     if -1 in shape:
@@ -66,16 +67,24 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         raise ValueError(
             f"a mesh of data, fsdp, tensor = {shape} takes {math.prod(shape)} devices, and there are {len(devices)}"
         )
-    if shape[0] % config.slices:
-        raise ValueError(f"{shape[0]} copies of the model (data) do not divide among {config.slices} slices")
-    if config.slices > 1:
-        inner = (shape[0] // config.slices, shape[1], shape[2])
-        layout = mesh_utils.create_hybrid_device_mesh(inner, (config.slices, 1, 1), devices)
-    elif devices[0].platform == "cpu":
+    slices = slices_of(devices) if config.slices == -1 else config.slices
+    if shape[0] % slices:
+        raise ValueError(
+            f"{shape[0]} copies of the model (data) do not divide among {slices} slices: --mesh.data {slices}, say"
+        )
+    if devices[0].platform == "cpu":
         layout = np.array(devices).reshape(shape)
+    elif slices > 1:
+        inner = (shape[0] // slices, shape[1], shape[2])
+        layout = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
     else:
         layout = mesh_utils.create_device_mesh(shape, devices)
     return Mesh(layout, AXES)
+
+
+def slices_of(devices) -> int:
+    """Counts the slices that TPUs lie in; GPUs call each machine one, and are cut over machines like any others."""
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
 def shard_params(shapes, mesh: Mesh):

@@ -30,6 +30,7 @@ from napo_jax.models.lora import LoraConfig, is_adapter
 from napo_jax.optim import learning_rates, make_optimizer, unflatten
 from napo_jax.preemption import StopSignal
 from napo_jax.processes import together
+from napo_jax.programs import Programs
 from napo_jax.reference import open_reference
 from napo_jax.report import write_report
 from napo_jax.sharding import ROWS, make_mesh, over_rows
@@ -60,7 +61,12 @@ def train(config: Config, workdir, console=None):
     Returns:
       the metrics of the last step, {name: float}. Raises StoppedError if the run was asked to end, or its loss did.
     """
-    console, workdir = console or Console(), absolute(workdir)
+    workdir = absolute(workdir)
+    with Programs(workdir / "compiled" if config.train.compile_cache else None) as programs:
+        return _train(config, workdir, console or Console(), programs)
+
+
+def _train(config, workdir, console, programs):
     # What can be wrong is looked for before what takes long: files, then devices, then all rows.
     begun = _begun(workdir)
     source = find_model(config.model, config.train.seed, begun.get("source_step"))
@@ -75,6 +81,8 @@ def train(config: Config, workdir, console=None):
         find_files(config.data.path)
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
+    if removed := programs.keep():
+        console.note(f"compiled {len(removed)} damaged programs are removed from the workdir, and compiled again")
 
     # What is trained, and on what.
     dataset = open_dataset(config.data, config.objective, source.tokenizer, shape)
@@ -182,6 +190,9 @@ def train(config: Config, workdir, console=None):
                     journal.interrupted()
                     seen.add(batch.bucket)
                 state, metrics = step_of(state, frozen, batch)
+                if number == start + 1:
+                    jax.block_until_ready(metrics)
+                    console.note(f"begun    step {number} is done {programs}")
                 tokens = batch.bucket.tokens * config.data.batch_size
                 journal.step(number, metrics, tokens=tokens, flops=flops(batch.bucket))
                 last, asked = number == steps, stop.asked(number)

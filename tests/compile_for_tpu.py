@@ -52,7 +52,7 @@ def main():
             compiled = jax.jit(gradient).lower(params, rows).compile()
         print(backend, mesh.size, compiled.as_text().count('custom_call_target="tpu_custom_call"'))
     both = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, slices=2), both)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), both)
     print("slices", *(sorted({device.slice_index for device in copy.flat}) for copy in mesh.devices))
 
 

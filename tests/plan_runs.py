@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from plan_configs import compile_config
 
 from napo_jax import costs, plan
 from napo_jax.chips import find_topology, planned_devices
@@ -35,11 +36,17 @@ def known(layers=5, rows=1024, width=512):
 
 
 def main():
-    """Prints the known program, a step that fits, and one that does not, with and without recomputation."""
+    """Prints the known program, a step that fits, one that does not, with and without recomputation, and others.
+
+    These are a step on two slices, and that of a config with much in it: micro-batches, a reference that runs along,
+    whole distributions, two pictures.
+    """
     print(json.dumps(known()))
     plan.main([*DEBUG, *SHORT])
     plan.main([*DEBUG, *SHORT, *TOO_MANY])
     plan.main([*DEBUG, *SHORT, *TOO_MANY, "--model.remat", "full"])
+    plan.main([*DEBUG, *SHORT, "--mesh.slices", "2", "--mesh.data", "2"])
+    print(json.dumps(compile_config("configs/chip7b.py")))
 
 
 if __name__ == "__main__":

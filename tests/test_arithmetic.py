@@ -87,6 +87,20 @@ def test_what_is_needed_to_train_decoder_and_projector(cell_image):
     assert needed == done - unseen(cell_image, 3) - head(cell_image)
 
 
+def test_what_is_not_stored_is_computed_again():
+    """Each way of rematerialisation adds the products of one layer after the other that it does not store."""
+    trains = lambda path: not path.startswith("vision/")
+    done = {
+        remat: traced(dataclasses.replace(CONFIG, remat=remat), (0, 0), trains)[0]
+        for remat in ("none", "dots", "mlp", "full")
+    }
+    product = 2 * GROUPS * (PREFIX + 2 * ANSWER) * TEXT.layers * TEXT.width  # for each feature that comes out
+    attention = product * (2 * TEXT.width + 2 * TEXT.kv_heads * TEXT.head_width)
+    assert done["none"] <= done["dots"]
+    assert done["mlp"] - done["dots"] == attention
+    assert done["full"] - done["mlp"] == product * 2 * TEXT.mlp_width
+
+
 def test_adapters_need_no_gradient_of_the_matrices_nor_of_what_lies_before_them():
     config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=5, targets=("query", "value", "down")))
     done, needed = traced(config, (0, 0), is_adapter)

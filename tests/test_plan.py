@@ -77,6 +77,34 @@ def test_a_loop_counts_as_often_as_it_runs():
     }
     assert costs.matrix_flops(program) == 3 * 2 * 8 * 16 * 16
     assert not program.unknown_loops
+    # With each ring in a slice of its own, a sum over all is one in the ring, and one of a fourth between two slices.
+    assert costs.collectives(program, slices=2) == costs.collectives(program) | {
+        "all-reduce": (3, 3 * 2 * mine * 3 / 4),
+        "all-reduce between slices": (3, 3 * 2 * (mine / 4) * 1 / 2),
+    }
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{{0,4},{1,5},{2,6},{3,7}}",
+        "[4,2]<=[2,4]T(1,0)",
+        "mesh['data'=2,'fsdp'=4] {'data'}",
+        "mesh['data'=8] {'data':(1)2}",
+    ],
+)
+def test_who_sends_across_slices_is_read(spelling):
+    """The same four pairs, each of one device in either half."""
+    text = f"""HloModule jit_step, num_partitions=8
+
+ENTRY %main (a: f32[4]) -> f32[8] {{
+  %a = f32[4]{{0}} parameter(0)
+  ROOT %b = f32[8]{{0}} all-gather(%a), channel_id=1, replica_groups={spelling}, dimensions={{0}}
+}}
+"""
+    assert costs.collectives(Program(text)) == {"all-gather": (1, 16)}
+    assert costs.collectives(Program(text), slices=2) == {"all-gather between slices": (1, 16)}
+    assert costs.collectives(Program(text), slices=4) == {"all-gather between slices": (1, 16)}
 
 
 def test_a_loop_that_does_not_say_how_often_it_runs_is_named():
@@ -87,6 +115,24 @@ def test_a_loop_that_does_not_say_how_often_it_runs_is_named():
     program = Program(compiled.as_text())
     assert len(program.unknown_loops) == 1
     assert costs.matrix_flops(program) == 2 * 8**3
+
+
+def test_what_a_tpu_hands_to_the_network_is_read():
+    """Its program is that of one slice: a sum over all is one of the slice, and one that the hosts do."""
+    text = """HloModule jit_step, num_partitions=4
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[8]{0} all-reduce(%a), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %after = token[] after-all()
+  %send = (f32[8]{0}, u32[]{:S(2)}, token[]) send(%b, %after), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %recv = (f32[8]{0}, u32[]{:S(2)}, token[]) recv(%after), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+    found = costs.collectives(Program(text), slices=2)
+    assert found == {"all-reduce": (1, 2 * 32 * 3 / 4), "all-reduce between slices": (1, 2 * 32 / 2)}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +181,7 @@ def test_a_step_that_fits(tpu_runs):
 
 
 def test_a_step_that_the_compiler_refuses_is_a_verdict(tpu_runs):
-    stores, recomputes = tpu_runs[2:]
+    stores, recomputes = tpu_runs[2:4]
     assert not stores["fits"]
     assert not recomputes["fits"]
     assert stores["peak_bytes"] > 1.2 * recomputes["peak_bytes"] > stores["hbm_bytes"]
@@ -144,6 +190,28 @@ def test_a_step_that_the_compiler_refuses_is_a_verdict(tpu_runs):
     # What is stored of two layers is the largest, and says what it is.
     assert stores["largest_buffers"][0]["shape"].startswith("f32[2,262144,")
     assert "language" in stores["largest_buffers"][0]["what"]
+
+
+def test_between_two_slices_goes_the_sum_of_gradients(tpu_runs):
+    """Of a chip's quarter of each, to its like in the other slice: half of its own, and half of the sum."""
+    found = tpu_runs[4]
+    assert (found["devices"], found["slices"], found["mesh"]) == (8, 2, {"data": 2, "fsdp": 4, "tensor": 1})
+    between = {kind: sent for kind, sent in found["collectives"].items() if kind.endswith("between slices")}
+    sent = sum(kind["bytes"] for kind in between.values())
+    assert (
+        134_976 < sent < 2 * 134_976
+    )  # 4 bytes of a fourth, and norms and padding; whole matrices would be 4 times it
+    assert found["seconds"]["network"] == pytest.approx(sent / 3.125e9)
+
+
+def test_a_config_with_much_in_it_compiles_for_a_tpu(tpu_runs):
+    """All of them take minutes: `make configs`."""
+    found = tpu_runs[5]
+    assert found["fits"]
+    assert not found["estimate"]
+    assert (found["groups"], found["accumulate"]) == (32, 8)
+    assert found["state"]["reference"] == found["state"]["parameters"] // 2, "in bfloat16"
+    assert not any("do not say how often they run" in note for note in found["notes"])
 
 
 def test_for_gpus_it_is_an_estimate():

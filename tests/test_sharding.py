@@ -1,5 +1,7 @@
 """Where arrays lie: every leaf has its rule, and nothing large is copied in silence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -77,7 +79,32 @@ def test_meshes():
         (MeshConfig(-1, 3, 1), "takes 6 devices, and there are 8"),
         (MeshConfig(-1, -1, 1), "one may be -1"),
         (MeshConfig(0, 8, 1), "at least 1"),
-        (MeshConfig(1, 8, 1, slices=2), r"1 copies of the model .data. do not divide among 2 slices"),
+        (MeshConfig(1, 8, 1, slices=2), r"1 copies of the model .data. do not divide among 2 slices: --mesh.data 2"),
+        (MeshConfig(1, 8, 1, slices=0), "at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             make_mesh(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """What a mesh asks of a device; those of two slices have the same coordinates."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_slices_are_the_outermost_axis():
+    """Whatever order they come in, and without being told how many there are."""
+    devices = [Tpu(4 * s + 2 * y + x, s, (x, y, 0)) for y in range(2) for s in range(2) for x in range(2)]
+    of = lambda axes: [{device.slice_index for device in place.flat} for place in axes]
+    for shape in ((2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)):
+        copies = of(make_mesh(MeshConfig(*shape), devices).devices)
+        assert copies == [{0}] * (shape[0] // 2) + [{1}] * (shape[0] // 2)
+    with pytest.raises(ValueError, match=r"1 copies of the model .data. do not divide among 2 slices: --mesh.data 2"):
+        make_mesh(MeshConfig(), devices)

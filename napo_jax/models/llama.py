@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from napo_jax.models.layout import rope_tables, rotate
-from napo_jax.models.lora import PRODUCT, Linear, LoraConfig
+from napo_jax.models.lora import TARGETS, Linear, LoraConfig
 from napo_jax.sharding import gather_whole, keep_rows
 
 # What the backward pass finds stored of each layer; the rest is computed again.
 REMAT_POLICIES = {
     "none": None,  # everything is stored
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),  # results of matrix products with weights
+    "dots": jax.checkpoint_policies.save_only_these_names(*TARGETS),  # results of matrix products with weights
+    "mlp": jax.checkpoint_policies.save_only_these_names("gate", "up"),  # those of the two largest
     "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
 }
 

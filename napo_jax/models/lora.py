@@ -9,7 +9,6 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
-PRODUCT = "product"  # the name of a product, adapter and all, to what decides which of them are stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Linear(nn.Module):
             # Two thin products: neither A B nor a gradient of its size is ever there.
             thin = x @ a.astype(self.dtype) * lora.scale
             y += thin @ b.astype(self.dtype)
-        return checkpoint_name(y, PRODUCT)
+        return checkpoint_name(y, self.name)  # adapter and all, for what decides which products are stored
 
 
 def merge_adapters(leaves, lora: LoraConfig):
