@@ -40,6 +40,7 @@ _COCO = {
     "captions": {"images": [{"id": int}], "annotations": [{"image_id": int, "caption": str}]},
 }
 _FILES = ("obj_halbench_300_with_image.jsonl", "questions.jsonl")
+_PUBLISHED = (300,)  # questions of Object HalBench
 _TAGGER = "en_core_web_trf"
 
 
@@ -56,6 +57,11 @@ def questions(data, *, prompts="official") -> list[Question]:
         beside = {"question_id": number, "image_id": row["image_id"], "prompt": text}
         asked.append(Question(str(number), text, row.get("image_path", f"{row['image_id']}.jpg"), beside))
     return asked
+
+
+def sizes(asked) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Returns how many questions there are, and how many in Object HalBench, by what is counted."""
+    return {"questions": (len(asked), _PUBLISHED)}
 
 
 def write_pictures(data, folder) -> int:
