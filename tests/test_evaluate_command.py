@@ -178,6 +178,16 @@ def test_answers_of_another_model_or_way_of_asking_are_refused(folder, whole):
     assert whole.read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [{"row": 99}, {"row": -1}, {"name": "usual/9"}, {"text": None}])
+def test_an_answer_to_no_question_is_one_line(folder, whole, tmp_path, change):
+    shutil.copytree(f"{whole}.books", tmp_path / "a.jsonl.books")
+    (piece,) = (tmp_path / "a.jsonl.books" / "pieces").iterdir()
+    first, *rest = read(piece)
+    write(piece, [first | change, *rest])
+    with pytest.raises(ValueError, match=r"a.jsonl.books has an answer to 'usual/.' that is none to these questions"):
+        ask(folder, tmp_path / "a.jsonl")
+
+
 def test_answers_about_other_pictures_are_refused(folder, whole, tmp_path, monkeypatch):
     """Half of the answers are there; pictures that have only moved are the same ones."""
     data = shutil.copytree(folder / "world", tmp_path / "world")
@@ -208,6 +218,24 @@ def test_answers_have_somewhere_to_go_before_a_model_is_loaded(folder, tmp_path,
     for answers, message in ((tmp_path, "is a folder; name a file"), (tmp_path / "file/a.jsonl", "file is no folder")):
         with pytest.raises(ValueError, match=message):
             ask(folder, answers)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model": {"path": 3}}, "config.json has no train, lora: it is not as"),
+        (
+            {"model": {"path": 3, "size": None}, "train": {"seed": 0}, "lora": {}},
+            "config.json has 3 as model.path, expected a text",
+        ),
+        ([], r"config.json is \[\], expected an object"),
+    ],
+)
+def test_a_run_whose_config_was_changed_is_one_line(folder, tmp_path, config, message):
+    (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        ask(folder, tmp_path / "a.jsonl", checkpoint=tmp_path / "run")
 
 
 def name_pictures(data, name):

@@ -71,6 +71,8 @@ def write_pictures(data, folder) -> int:
       How many there were.
     """
     folder = epath.Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder to write pictures to")
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for number, row in enumerate(_read_questions(data), 1):
