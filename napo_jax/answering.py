@@ -14,7 +14,7 @@ from napo_jax.evals.answers import fingerprint, write_row
 from napo_jax.evals.benchmarks import Asked
 from napo_jax.metrics import Console
 from napo_jax.model_source import absolute, find_model
-from napo_jax.pieces import BOOKS, Line, Pieces, digest, read_manifest, write_durably, write_manifest
+from napo_jax.pieces import BOOKS, Line, Pieces, digest, make_room, read_manifest, write_durably, write_manifest
 from napo_jax.progress import AnswerProgress, wait_until
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
@@ -74,11 +74,14 @@ def answer(options: AnswerOptions, console=None):
         "tokenizer": asker.fingerprint,
     }
     settings |= {} if options.dtype is None else {"dtype": options.dtype}
+    make_room(target)
     manifest, pieces = read_manifest(books, settings), Pieces(books)
     if target.exists() and not manifest:
         raise ValueError(f"{target} is there, and nothing in {books} says how it was made; name another file")
-    said = {line.row: line.text for line in pieces.new()}
+    said = dict(_read(pieces, questions, books))
     console.note(f"model    {source}")
+    if warning := options.size(questions).get("warning"):
+        console.note(f"warning  {warning}")
     console.note(f"asks     {len(questions)} questions of {options.benchmark}, {len(questions) - len(said)} to go")
     settings["pictures"] = check_pictures(questions, pictures)  # takes a while, so all else is looked at before
     read_manifest(books, settings)
@@ -101,7 +104,7 @@ def answer(options: AnswerOptions, console=None):
             console.close()
 
     def all_said():
-        said.update((line.row, line.text) for line in pieces.new())
+        said.update(_read(pieces, questions, books))
         return len(said) == len(questions)
 
     wait_until(all_said)
@@ -112,3 +115,12 @@ def answer(options: AnswerOptions, console=None):
         write_manifest(books, read_manifest(books, settings)["settings"], {"answers": digest(text.encode())})
         write_durably(target, text)
         console.note(f"wrote    {target}")
+
+
+def _read(pieces, questions, books):
+    """Yields (number of the question, its answer) of what other pieces say; raises if one is no answer to these."""
+    for line in pieces.new():
+        asked = 0 <= line.row < len(questions) and line.name == questions[line.row].key
+        if not asked or line.text is None:
+            raise ValueError(f"{books} has an answer to {line.name!r} that is none to these questions; move it away")
+        yield line.row, line.text

@@ -53,6 +53,13 @@ class QuestionAsker:
         return longest
 
 
+def _is_file(path):
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name, as an encoded picture is
+        return False
+
+
 def check_pictures(questions, folder) -> dict[str, str]:
     """Returns a digest of the content of each picture, by its name.
 
@@ -63,7 +70,7 @@ def check_pictures(questions, folder) -> dict[str, str]:
       ValueError: one is not there, or damaged: a benchmark is never made smaller.
     """
     names = list(dict.fromkeys(question.image for question in questions if question.image is not None))
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not _is_file(folder / name)]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(names)} pictures are not in {folder} (first {missing[0]}); name their folder with "

@@ -32,6 +32,7 @@ from napo_jax.world.examine import DECODING, Examiner, in_short, write_exams
 from napo_jax.world.records import write_pairs
 
 ANSWERS = ("chosen", "rejected", "question_only", "image_only")
+_TITLE = "Demo: the small world's model before and after NaPO"
 _SAMPLES = 8  # groups that the page shows
 _ROWS = {
     "usual": "held-out accuracy, habit followed",
@@ -110,7 +111,7 @@ def demo(options: Options, console=None) -> dict[str, dict[str, float]]:
     scores = {label: in_short(write(label)) for label in said}
     both = {"before": speaker.params, "after": params}
     _write_samples(examiner, built / pairs.name, workdir / "run", speaker, both)
-    page = write_report(workdir / "run")
+    page = write_report(workdir / "run", title=_TITLE)
     console.note(as_table(scores))
     say(f"done; see {page}")
     return scores

@@ -20,7 +20,7 @@ from etils import epath
 from napo_jax.command import exit_with_one_line, read_flags
 from napo_jax.evals import chair
 from napo_jax.evals import compare as comparison
-from napo_jax.evals.answers import fingerprint, read_object, read_rows, strict_json
+from napo_jax.evals.answers import fingerprint, read_object, read_rows, row_files, strict_json
 from napo_jax.evals.benchmarks import Asked
 from napo_jax.pieces import BOOKS, digest, make_room, read_manifest, write_durably
 from napo_jax.processes import together
@@ -73,7 +73,8 @@ def score(options: ScoreOptions) -> dict:
     rows, asked = read_rows(options.answers), options.questions()
     made_by = _read_books(options.answers)
     scored = options.apply(options.module.score, rows, variant=options.variant, replay=options.replay)
-    return {"benchmark": options.module.NAME, "questions": fingerprint(asked), **made_by, **scored}
+    about = {"benchmark": options.module.NAME, "questions": fingerprint(asked), **options.size(asked)}
+    return {**about, **made_by, **scored}
 
 
 def _read_books(answers):
@@ -90,7 +91,7 @@ def _read_books(answers):
 def as_text(scored) -> str:
     """Renders numbers for a terminal, each with what it is a ratio of where that is one pair of counts."""
     lines = []
-    for name in ("benchmark", "prompts", "variant", "model", "dtype", "judge", "note"):
+    for name in ("benchmark", "prompts", "variant", "model", "dtype", "judge", "note", "warning"):
         lines += [f"{name:<24}{scored[name]}"] if name in scored else []
     for name, value in scored.items():
         if isinstance(value, int | float):
@@ -112,6 +113,9 @@ def _score(argv):
     options = read_flags(ScoreOptions, argv, description=ScoreOptions.__doc__)
     out = None if options.out is None else epath.Path(options.out)
     if out is not None:
+        read = [*row_files(options.answers), *([] if options.replay is None else [epath.Path(options.replay)])]
+        if out.resolve() in [file.resolve() for file in read]:
+            raise ValueError(f"{out} is what numbers are made of, and would be lost; name another --out")
         make_room(out)
     scored = score(options)
     if out is not None:

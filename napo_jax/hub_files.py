@@ -6,6 +6,7 @@ is silent, the defaults are those of `transformers`; a test compares the two.
 
 import json
 import os
+import reprlib
 import tempfile
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from napo_jax.models.clip import ClipConfig
 from napo_jax.models.llama import LlamaConfig
 from napo_jax.models.llava import LlavaConfig
 
+_MOST = 2**31  # and beyond of what a config counts
 # Our field -> the field in a config.json and what `transformers` takes where a file has none.
 _TEXT_FIELDS = {
     "vocab_size": ("vocab_size", 32000),
@@ -96,9 +98,12 @@ def read_json(file):
     if not file.exists():
         raise ValueError(f"{file} does not exist; expected it in the folder of a Hugging Face checkpoint")
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, expected an object")
+    return content
 
 
 def read_config(folder, vision_tower=None, **options):
@@ -115,18 +120,22 @@ def read_config(folder, vision_tower=None, **options):
     whole = read_json(folder / "config.json")
     original = any(key.startswith("mm_") for key in whole)
     # The original layout is a LLaMA config with `mm_` fields; its vocabulary has no row for the image.
-    text = whole | {"model_type": "llama"} if original else whole.get("text_config") or {}
-    vision = whole.get("vision_config")
+    text = whole | {"model_type": "llama"} if original else _object_in(whole, "text_config", folder)
+    vision = _object_in(whole, "vision_config", folder)
     if vision_tower is not None:
         vision = read_json(vision_tower / "config.json")
-        vision = vision.get("vision_config", vision)
+        vision = _object_in(vision, "vision_config", vision_tower) or vision
     if not vision:  # no word on the tower means LLaVA-1.5's, openai/clip-vit-large-patch14-336
         vision = _vision_fields(ClipConfig())
     text = dict(_TEXT_FIELDS.values()) | text
     vision = dict(_VISION_FIELDS.values()) | vision
 
-    ropes = [text.get(name) or {} for name in ("rope_parameters", "rope_scaling")]  # of versions 5 and 4
+    ropes = [_object_in(text, name, folder) for name in ("rope_parameters", "rope_scaling")]  # of versions 5 and 4
     rope_types = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
+    text["num_key_value_heads"] = text["num_key_value_heads"] or text["num_attention_heads"]
+    text["rope_theta"] = ropes[0].get("rope_theta", text["rope_theta"])
+    _check_numbers(folder, "text_config.", text, _TEXT_FIELDS)
+    _check_numbers(folder, "vision_config.", vision, _VISION_FIELDS)
     head_width = text["hidden_size"] // text["num_attention_heads"]
     checks = [("text_config.", _TEXT_FIXED, text), ("vision_config.", _VISION_FIXED, vision)]
     if original:
@@ -149,17 +158,34 @@ def read_config(folder, vision_tower=None, **options):
 
     rows = text["vocab_size"]
     vocab_size = rows if original else whole.get("image_token_index", 32000)
+    _check_numbers(folder, "", {"image_token_index": vocab_size}, {"": ("image_token_index", 32000)})
     if not vocab_size <= rows <= padded_rows(vocab_size):
         raise ValueError(
             f"{folder}/config.json: expected image_token_index to follow the vocabulary, so for {vocab_size} a "
             f"vocab_size of {vocab_size} to {padded_rows(vocab_size)}, got {rows}"
         )
     text["vocab_size"] = vocab_size
-    text["num_key_value_heads"] = text["num_key_value_heads"] or text["num_attention_heads"]
-    text["rope_theta"] = ropes[0].get("rope_theta", text["rope_theta"])
     text = LlamaConfig(**{ours: text[name] for ours, (name, _) in _TEXT_FIELDS.items()})
     vision = ClipConfig(**{ours: vision[name] for ours, (name, _) in _VISION_FIELDS.items()})
     return LlavaConfig(text=text, vision=vision, **options), rows
+
+
+def _object_in(whole, name, folder):
+    """Returns the object in a config.json that has a name, an empty one if it is not there."""
+    found = whole.get(name) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder}/config.json: {name} is a JSON {type(found).__name__}, expected an object")
+    return found
+
+
+def _check_numbers(folder, prefix, found, fields):
+    """Raises if a field that is read is not a number above 0, or not a whole one where that is due."""
+    for name, usual in fields.values():
+        kinds = (int, float) if isinstance(usual, float) else (int,)
+        if type(found[name]) not in kinds or not 0 < found[name] < _MOST:
+            wanted = "number" if float in kinds else "whole number"
+            got = reprlib.repr(found[name])
+            raise ValueError(f"{folder}/config.json: {prefix}{name} is {got}, expected a {wanted} above 0")
 
 
 def _vision_fields(vision):
@@ -254,7 +280,7 @@ def copy_tokenizer(folder, into):
     # Beside a model's config of type llava, `transformers` 5 takes another class than the tokenizer's own and loses the
     # space that stands before the first word.
     settings, config = (epath.Path(into) / name for name in ("tokenizer_config.json", "config.json"))
-    if settings.exists() and config.exists() and "tokenizer_class" in read_json(settings):
+    if settings.exists() and config.exists() and "tokenizer_class" in read_json(epath.Path(folder) / settings.name):
         config.unlink()
 
 

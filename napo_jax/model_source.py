@@ -19,6 +19,7 @@ from napo_jax.checkpoint import Checkpoints
 from napo_jax.config import ModelConfig
 from napo_jax.data.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from napo_jax.data.prompts import load_tokenizer
+from napo_jax.evals.answers import misfit
 from napo_jax.models import Llava, LlavaConfig
 from napo_jax.models.lora import LoraConfig, merge_adapters
 from napo_jax.optim import flatten, unflatten
@@ -28,6 +29,8 @@ from napo_jax.weights import load_pretrained
 from napo_jax.world.language import world_tokenizer
 from napo_jax.world.model import world_model
 
+_TEXT = (str, type(None))
+_OF_A_RUN = {"model": {"path": _TEXT, "size": _TEXT}, "train": {"seed": int}, "lora": dict}  # what is read of a config
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # that are read of a file of weights to tell it from others
 
 
@@ -136,6 +139,8 @@ def find_model(config: ModelConfig, seed: int = 0, step: int | None = None) -> S
             raise ValueError(f"the run in {workdir} has no checkpoint of step {step}; it has {saved.steps()}")
         runs.append(Run(workdir, latest if step is None else step))
         before = runs[-1].config
+        if wrong := misfit(before, _OF_A_RUN):
+            raise ValueError(f"{workdir}/config.json {wrong}: it is not as the run has written it")
         step = before.get("source_step")
         path, seed, size = before["model"]["path"], before["train"]["seed"], before["model"]["size"]
     source = Source(

@@ -28,6 +28,8 @@ class Options:
     workdir: str
     # The page to write; None: report.html in the workdir.
     output: str | None = None
+    # The page's heading; None: what the workdir is called.
+    title: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +76,13 @@ class Run:
     notes: list[str]
 
 
-def write_report(workdir, output=None):
+def write_report(workdir, output=None, title=None):
     """Writes the page of a run; whoever opens the file meanwhile finds the old page or the new one.
 
     Args:
       workdir: the run's folder, local or gs://.
       output: the file to write; None for report.html in the workdir.
+      title: the page's heading; None for what the workdir is called.
 
     Returns:
       epath.Path of the page.
@@ -87,19 +90,25 @@ def write_report(workdir, output=None):
     Raises:
       ValueError: there is no run, or one of its files is damaged.
     """
-    from napo_jax.report_page import write_page  # the command line is known to be right
+    from napo_jax.pieces import make_room  # the command line is known to be right
+    from napo_jax.report_page import write_page
 
     run = read_run(workdir)
     path = run.workdir / "report.html" if output is None else epath.Path(output)
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; name a file to write")
+    make_room(path)
     aside = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        write_page(aside, run)
+        write_page(aside, run, title or _called(run.workdir))
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
     return path
+
+
+def _called(workdir):
+    """Returns the name of a run by its folder; one that is called run like many is told by the folder that it is in."""
+    workdir = workdir.resolve()
+    return f"Run {workdir.parent.name}/{workdir.name}" if workdir.name == "run" else f"Run {workdir.name}"
 
 
 def read_run(workdir) -> Run:
@@ -234,7 +243,7 @@ def _read_scores(folder):
 def main(argv=None):
     """Runs the command."""
     options = read_flags(Options, argv, description=__doc__)
-    print(f"wrote {write_report(options.workdir, options.output)}")
+    print(f"wrote {write_report(options.workdir, options.output, options.title)}")
 
 
 if __name__ == "__main__":

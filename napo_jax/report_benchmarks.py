@@ -15,6 +15,10 @@ STYLE = """
 .of { display: block; font-size: .8rem; line-height: 1.2; color: var(--quiet); }
 .better { color: var(--bar); } .worse { color: var(--fault); }
 .settings { font-size: .85rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  .benchmark td, .benchmark th { padding-right: .5rem; }
+  .benchmark th, .benchmark td:first-child { white-space: normal; }
+}
 """
 
 _MORE, _LESS, _UNCLEAR = "more", "less", None
@@ -27,7 +31,7 @@ _METRICS = {
     "mmhal": {"score": _MORE, "rate": _LESS},
     "world": {"usual": _MORE, "changed": _MORE, "gap": _LESS, "habit": _LESS, "flood": _LESS},
 }
-_SETTINGS = ("model", "prompts", "variant", "part", "judge", "dtype", "decoding")
+_SETTINGS = ("model", "prompts", "variant", "part", "judge", "dtype", "decoding", "note", "warning")
 _SAME = ("prompts", "variant", "part", "judge", "questions", "synonyms", "similarity")  # or else there is no difference
 _ALWAYS = ("beams", "max_tokens", "temperature")  # of decoding; the rest is said where it is not as usual
 

@@ -44,8 +44,8 @@ summary {{ cursor: pointer; overflow-wrap: anywhere; }}
 {charts.STYLE}{report_benchmarks.STYLE}"""
 
 
-def write_page(path, run):
-    """Writes the page of a `report.Run` to a file."""
+def write_page(path, run, title):
+    """Writes the page of a `report.Run` to a file, under a title."""
     body = [
         _head(run),
         "<h2>Curves</h2>",
@@ -57,7 +57,7 @@ def write_page(path, run):
         "<h2>Config and versions</h2>",
         _config(run),
     ]
-    write_html(path, f"Run {run.workdir.resolve().name}", "".join(body), _STYLE)
+    write_html(path, title, "".join(body), _STYLE)
 
 
 def _head(run):

@@ -36,7 +36,10 @@ def weight_files(folder):
     """Returns the safetensors of a checkpoint; raises one line if there are none, or not all."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index} has no weight_map of tensors to their files; fetch it again")
+        files = [folder / name for name in sorted(set(names.values()))]
         if missing := [file.name for file in files if not file.exists()]:
             raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
         return files

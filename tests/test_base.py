@@ -11,7 +11,8 @@ import pytest
 from napo_jax import load_pretrained
 from napo_jax import train as trainer
 from napo_jax.config import ModelConfig, load_config
-from napo_jax.model_source import find_model
+from napo_jax.model_source import find_model, load_leaves
+from napo_jax.optim import unflatten
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
 from napo_jax.world import make_base, records, scenes
@@ -19,6 +20,7 @@ from napo_jax.world.configs import BASE, PAIRS, PAIRS_COUNT, PAIRS_SEED, cure, l
 from napo_jax.world.examine import Examiner, in_short, write_exams
 from napo_jax.world.make_base import CARD, differences, file_digest, recipe, recipe_digest
 
+STEPS, ROWS = 24, 24 * 32  # an epoch
 CARD_SAYS = json.loads((BASE / CARD).read_text())
 
 
@@ -62,10 +64,21 @@ def test_a_new_option_is_no_other_recipe():
     ]
 
 
-def test_the_model_has_the_bias_that_its_card_says(tmp_path):
-    write_exams(tmp_path / "exams")
-    speaker = load_speaker(find_model(cure().model), make_mesh(MeshConfig(), jax.devices()[:1]))
-    examiner = Examiner(tmp_path / "exams", speaker)
+@pytest.fixture(scope="module")
+def speaker():
+    """The shipped model."""
+    return load_speaker(find_model(cure().model), make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def examiner(speaker, tmp_path_factory):
+    """Asks it, or other weights of its shape, all that the exams ask."""
+    folder = tmp_path_factory.mktemp("exams")
+    write_exams(folder)
+    return Examiner(folder, speaker)
+
+
+def test_the_model_has_the_bias_that_its_card_says(examiner):
     found, said = in_short(examiner.score(examiner())), CARD_SAYS["scores"]
     # Another processor rounds otherwise, which turns an answer here and there: three of VLind-Bench's instances are 7.
     for name, value in said.items():
@@ -114,26 +127,24 @@ def test_the_strength_of_the_bias_is_a_parameter_of_the_recipe():
         records.Bias(habit=1.5)
 
 
-def test_a_few_steps_of_the_config_cure_some_of_the_bias(tmp_path, capsys, monkeypatch):
-    """A quarter of the demo: what habit says gives way, and what was right stays so."""
+def test_a_few_steps_of_the_config_cure_some_of_the_bias(speaker, examiner, tmp_path, capsys, monkeypatch):
+    """A fifth of the demo: what habit says gives way, and what was right stays so."""
     monkeypatch.setattr(trainer, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     config = load_config("configs/shapes.py")
     assert config == cure()
-    pq.write_table(pq.read_table(BASE / PAIRS).slice(0, 1024), tmp_path / PAIRS, row_group_size=256)
-    data = dataclasses.replace(config.data, path=(str(tmp_path / PAIRS),), cache=str(tmp_path / "cache"), held_out=0)
-    short = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, steps=32))
+    pq.write_table(pq.read_table(BASE / PAIRS).slice(0, ROWS), tmp_path / PAIRS, row_group_size=256)
+    files = {"path": (str(tmp_path / PAIRS),), "cache": str(tmp_path / "cache")}
+    data = dataclasses.replace(config.data, **files, held_out=0, buckets=1)  # so that one program is compiled
+    short = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, steps=STEPS))
     with jax.numpy_dtype_promotion("standard"):  # a command runs by JAX's own rules, and so does optax
         last = trainer.train(short, tmp_path / "run")
     assert np.isfinite(last["loss"])
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 32
-    assert "data     1024 rows, " in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == STEPS
+    assert f"data     {ROWS} rows, " in capsys.readouterr().out
 
-    write_exams(tmp_path / "exams")
-    speaker = load_speaker(
-        find_model(ModelConfig(path=str(tmp_path / "run"))), make_mesh(MeshConfig(), jax.devices()[:1])
-    )
-    examiner = Examiner(tmp_path / "exams", speaker)
-    before, after = CARD_SAYS["scores"], in_short(examiner.score(examiner()))
+    trained = find_model(ModelConfig(path=str(tmp_path / "run")))
+    params = unflatten(load_leaves(trained, speaker.model, speaker.mesh))
+    before, after = CARD_SAYS["scores"], in_short(examiner.score(examiner(params)))
     assert after["usual"] >= before["usual"] - 5
     assert after["changed"] > before["changed"] + 15
     assert after["flood"] < before["flood"] / 3

@@ -7,9 +7,11 @@ import json
 import jax
 import pytest
 
-from napo_jax import demo
+from napo_jax import build_bias, demo
+from napo_jax import train as trainer
 from napo_jax.demo import Options, as_table
 from napo_jax.metrics import Console
+from napo_jax.sharding import make_mesh
 from napo_jax.world import examine
 from napo_jax.world.configs import cure
 
@@ -29,7 +31,10 @@ def run(tmp_path_factory):
         train=dataclasses.replace(config.train, steps=4, log_every=1, evaluate_every=2),
     )
     # A command runs by JAX's own rules; optax, in a whole training, does not keep to those of the other tests.
+    one = jax.devices()[:1]  # as a laptop has
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        for module in (demo, build_bias, trainer):
+            patch.setattr(module, "make_mesh", lambda config, *_: make_mesh(config, one))
         patch.setattr(demo, "cure", lambda: config)
         patch.setattr(examine, "EXAMS", FEW)
         scores = demo.demo(Options(workdir=str(folder), pairs=40), Console(said))
@@ -56,7 +61,8 @@ def test_every_part_leaves_what_it_made(run):
     samples = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
     assert len({sample["question"] for sample in samples}) == len(samples) > 2
     assert all((folder / "run" / sample["picture"]).exists() and sample["before"] for sample in samples)
-    assert (folder / "run" / "report.html").exists()
+    page = (folder / "run" / "report.html").read_text()
+    assert "<h1>Demo: the small world&#x27;s model before and after NaPO</h1>" in page
     assert as_table(scores) in said
 
 

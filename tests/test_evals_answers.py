@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from napo_jax.evals.answers import Question, choose, fingerprint, join, misfit, read_object, read_rows, write_row
+from napo_jax.evals.answers import (
+    Question,
+    choose,
+    fingerprint,
+    join,
+    misfit,
+    read_object,
+    read_rows,
+    row_files,
+    write_row,
+)
 
 QUESTIONS = [
     Question(key, f"What is {key}?", None, {"prompt": f"What is {key}?", "id": i}) for i, key in enumerate("abc")
@@ -41,6 +51,30 @@ def test_several_files_by_folder_and_by_glob(tmp_path):
     (tmp_path / "notes.txt").write_text("no rows")
     assert read_rows(tmp_path) == read_rows(f"{tmp_path}/part-*.jsonl") == [{"key": i} for i in range(8)]
     assert read_rows(f"{tmp_path}/part-[12].jsonl") == [{"key": 1}, {"key": 2}]
+
+
+def test_folders_of_a_glob_may_be_patterns_too(tmp_path):
+    """And what is there is none, whatever its name holds."""
+    for number, folder in enumerate(("host[0]", "host1", "host1/deep", "host2.books")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "part.jsonl", {"key": number})
+    numbers = lambda pattern: [row["key"] for row in read_rows(f"{tmp_path}/{pattern}")]
+    assert numbers("*/part.jsonl") == [1, 3, 0]  # "1" before "2" before "["
+    assert numbers("host[12]*/part.jsonl") == [1, 3]
+    assert numbers("host[0]/p*.jsonl") == [0]
+    assert numbers("host1/*/*.jsonl") == [2]
+    assert numbers("host1/*") == [1], "a folder is no file of answers"
+    with pytest.raises(ValueError, match=r"host\?/\*.json names no file"):
+        numbers("host?/*.json")
+
+
+def test_numbers_in_names_count_as_such(tmp_path):
+    """Some files are told apart by their order alone, and "part_10" is written behind "part_2"."""
+    for i in (10, 2, 1, 0, 11):
+        write(tmp_path / f"part_{i}.jsonl", {"key": i})
+    assert [row["key"] for row in read_rows(tmp_path)] == [0, 1, 2, 10, 11]
+    (tmp_path / "part_02.jsonl").write_text("")
+    assert [file.name[5:-6] for file in row_files(f"{tmp_path}/part_*2.jsonl")] == ["02", "2"]
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,8 @@ def test_questions_and_their_pictures(data, tmp_path):
     assert asked[2].text == "Describe it."
     assert asked[2].row == {"question_id": 2, "image_id": 9, "prompt": "Describe it."}
     assert chair.write_pictures(data, tmp_path / "pictures") == 3
+    with pytest.raises(ValueError, match=r"7.jpg is a file; name a folder to write pictures to"):
+        chair.write_pictures(data, tmp_path / "pictures" / "7.jpg")
     assert [(tmp_path / "pictures" / q.image).read_bytes() for q in asked] == [b"p7", b"p8", b"p9"]
     write(data, "questions.jsonl", {"image_id": 7, "question": "What?", "image_path": "a/b.png"})
     assert chair.questions(data)[0].image == "a/b.png"

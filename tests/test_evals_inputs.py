@@ -5,6 +5,8 @@ import json
 import pytest
 
 from napo_jax.command import exit_with_one_line
+from napo_jax.evals.answers import Question
+from napo_jax.evals.benchmarks import Asked
 from napo_jax.evaluate import main
 from napo_jax.world.exams import write_chair, write_pope
 
@@ -97,7 +99,9 @@ DEEP = '{"images":' * 100_000
         ("amber", change("annotations.json", 0, "type"), [], "annotations.json, question 1, has [] as type, expected"),
         ("amber", change("relation.json", "tree"), "branch", "relation.json has 'branch' as tree, expected a list"),
         ("amber", replace("safe_words.txt"), b"a\n\xff", "safe_words.txt, line 2, is not UTF-8; fetch it again"),
-        ("vlind", replace("data.json"), [], "vlind has no question of vlind; fetch its files again"),
+        ("vlind", replace("data.json"), [], "vlind/data.json has no rows; fetch it again"),
+        ("vlind", replace("data.json"), [1], "vlind/data.json, line 1, holds a JSON int; rows are objects"),
+        ("vlind", replace("data.json"), "{}".encode("utf-16"), "vlind/data.json, line 1, is not UTF-8; write the file"),
     ],
 )
 def test_a_damaged_file_is_one_line(data, capsys, benchmark, damage, value, message):
@@ -129,5 +133,61 @@ def test_an_answer_of_another_shape_is_one_line(data, benchmark, row, message):
 
 def test_no_splits_are_no_questions(data):
     write(data / "a.jsonl", "")
-    with pytest.raises(ValueError, match="splits must be at least one of adversarial, popular, random, got none"):
+    with pytest.raises(ValueError, match="splits must be one or more of adversarial, popular, random, got none"):
         score(data, "pope", "--splits")
+
+
+def test_a_question_that_comes_twice_is_one_line_before_anything_is_asked(data):
+    """And not when all is said, and cannot be told apart."""
+    rows = [json.loads(line) for line in (data / "chair/questions.jsonl").read_text().splitlines()]
+    query = data / "amber/query/query_all.json"
+    write(query, json.loads(query.read_text()) * 2)
+    with pytest.raises(ValueError, match=r"amber has 1 questions of amber more than once \(first '1'\); fetch"):
+        Asked(benchmark="amber", data=str(data / "amber")).questions()
+    annotations = data / "amber/annotations.json"
+    write(annotations, json.loads(annotations.read_text()) * 2)
+    with pytest.raises(ValueError, match=r"annotations.json has the id 1 more than once; fetch the file again"):
+        Asked(benchmark="amber", data=str(data / "amber")).questions()
+    write(data / "chair/questions.jsonl", rows * 2)  # CHAIR's are numbered: two may ask the same
+    assert len(Asked(benchmark="chair", data=str(data / "chair")).questions()) == 2
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "part", "count", "published"),
+    [
+        ("mmhal", None, 96, [96]),
+        ("chair", None, 300, [300]),
+        ("amber", None, 1004 + 14216, [15220]),
+        ("amber", "generative", 1004, [1004]),
+        ("amber", "discriminative", 14216, [14216]),
+        ("amber", "existence", 4924, [4924]),
+        ("amber", "attribute", 7628, [7628]),
+        ("amber", "relation", 1664, [1664]),
+    ],
+)
+def test_a_benchmark_is_held_against_the_published_one(benchmark, part, count, published):
+    some = [Question(str(i), "Q?", None, {}) for i in range(count)]
+    asked = Asked(benchmark=benchmark, data="D", part=part)
+    assert asked.size(some) == {"size": {"questions": {"here": count, "published": published}}}
+    size = asked.size(some[1:])
+    assert size["size"]["questions"]["here"] == count - 1
+    said = f"these numbers are not those of papers, for D has {count - 1:,} questions, published are {count:,}"
+    assert size["warning"] == said
+
+
+def test_splits_and_instances_are_held_against_the_published_ones():
+    split = lambda name, count: [Question(f"{name}/{i}", "Q?", "i", {"category": name}) for i in range(count)]
+    pope = Asked(benchmark="pope", data="D")
+    for random in (3000, 2910):  # today's file, and the one that LLaVA pins
+        size = pope.size([*split("random", random), *split("popular", 3000)])
+        assert size.keys() == {"size"}
+        assert size["size"]["random questions"] == {"here": random, "published": [3000, 2910]}
+    said = "D has 2,909 random questions, published are 3,000 or 2,910; 1 popular questions, published are 3,000"
+    assert pope.size([*split("random", 2909), *split("popular", 1)])["warning"].endswith(said)
+    vlind = Asked(benchmark="vlind", data="D")
+    instances = [
+        Question(f"{i}/{part}", "Q?", "i", {"part": part}) for i in range(302) for part in ("a1", "a2", "d1/0")
+    ]
+    assert vlind.size(instances) == {"size": {"instances": {"here": 302, "published": [421, 302]}}}
+    assert "D has 301 instances, published are 421 or 302" in vlind.size(instances[3:])["warning"]
+    assert Asked(benchmark="world", data="D").size(instances) == {}

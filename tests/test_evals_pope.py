@@ -207,6 +207,7 @@ def test_data_that_cannot_be_used_is_one_line(data):
     refused("question 1, has no image, label; fetch it again")
     write(data / "below", "shapes_pope_random.json", [])
     refused("shapes_pope_random.json has no rows; fetch it again", splits=("random",))
-    refused("splits must be at least one of adversarial, popular, random, got none", splits=())
+    refused("splits must be one or more of adversarial, popular, random, got none", splits=())
+    refused("splits must be one or more of .*, got random, random", splits=("random", "random"))
     (data / "coco_pope_popular.json").unlink()
     refused(r"has no coco_pope_popular.json; fetch POPE's question files", splits=("popular",))

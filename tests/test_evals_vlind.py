@@ -256,11 +256,12 @@ def test_data_that_cannot_be_used_is_one_line(data, tmp_path):
     instances = json.loads((data / "data.json").read_text())
     refused("prompts must be one of released, gpt4o, instructblip, got mine", prompts="mine")
     refused("variant must be one of all, photorealistic, illustration, cartoon, got sketch", variant="sketch")
-    refused(
-        "the instance 'colour/1_a blue 1' has no 'existent_noun'",
-        [*instances[:1], _without(instances[1], "existent_noun")],
-    )
-    refused("instance 1, is not one of VLind-Bench: KeyError", [{"concept": "colour"}])
+    without = [*instances[:1], _without(instances[1], "existent_noun")]
+    refused("data.json, question 2, has no existent_noun; fetch it again", without)
+    refused("question 1, has no context, factual_context, true_statement, .*best_img_id, agg", [{"concept": "colour"}])
+    for field, wrong in (("true_statement", "null"), ("aggregated_human_label_good_images", "a list")):
+        value = {"null": None, "a list": ["3"]}[wrong]
+        refused(f"question 1, has .* as {field}, expected", [instances[0] | {field: value}])
     refused("several questions are called 'colour/0_a blue 0/a1'", instances[:1] * 2)
     (data / "data.json").unlink()
     refused("data.json is missing; fetch the data set klee972/VLind-Bench")

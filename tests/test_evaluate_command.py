@@ -127,7 +127,7 @@ def test_answers_are_what_the_model_says_to_each_question_alone(folder, prompts,
 
 
 def test_a_run_that_was_interrupted_goes_on_elsewhere(folder, whole, monkeypatch, capsys):
-    """Five answers and then Ctrl-C; the rest on eight devices."""
+    """Five answers and then Ctrl-C; the rest on two devices."""
     file, spell, calls = folder / "stopped.jsonl", Speaker.spell, []
 
     def stop(self, ids):
@@ -143,7 +143,7 @@ def test_a_run_that_was_interrupted_goes_on_elsewhere(folder, whole, monkeypatch
     with pytest.raises(ValueError, match="names no file"):
         main(["score", *flags(folder, answers=file)])
     monkeypatch.setattr(Speaker, "spell", spell)
-    use_devices(monkeypatch, 8)
+    use_devices(monkeypatch, 2)
     capsys.readouterr()
     ask(folder, file, slots=1)
     assert "asks     8 questions of world, 3 to go" in capsys.readouterr().out
@@ -178,6 +178,16 @@ def test_answers_of_another_model_or_way_of_asking_are_refused(folder, whole):
     assert whole.read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [{"row": 99}, {"row": -1}, {"name": "usual/9"}, {"text": None}])
+def test_an_answer_to_no_question_is_one_line(folder, whole, tmp_path, change):
+    shutil.copytree(f"{whole}.books", tmp_path / "a.jsonl.books")
+    (piece,) = (tmp_path / "a.jsonl.books" / "pieces").iterdir()
+    first, *rest = read(piece)
+    write(piece, [first | change, *rest])
+    with pytest.raises(ValueError, match=r"a.jsonl.books has an answer to 'usual/.' that is none to these questions"):
+        ask(folder, tmp_path / "a.jsonl")
+
+
 def test_answers_about_other_pictures_are_refused(folder, whole, tmp_path, monkeypatch):
     """Half of the answers are there; pictures that have only moved are the same ones."""
     data = shutil.copytree(folder / "world", tmp_path / "world")
@@ -202,6 +212,37 @@ def test_a_file_of_somebody_else_is_not_written_over(folder, tmp_path):
     assert file.read_text() == "mine"
 
 
+def test_answers_have_somewhere_to_go_before_a_model_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "load_speaker", None)
+    (tmp_path / "file").write_text("")
+    for answers, message in ((tmp_path, "is a folder; name a file"), (tmp_path / "file/a.jsonl", "file is no folder")):
+        with pytest.raises(ValueError, match=message):
+            ask(folder, answers)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model": {"path": 3}}, "config.json has no train, lora: it is not as"),
+        (
+            {"model": {"path": 3, "size": None}, "train": {"seed": 0}, "lora": {}},
+            "config.json has 3 as model.path, expected a text",
+        ),
+        ([], r"config.json is \[\], expected an object"),
+    ],
+)
+def test_a_run_whose_config_was_changed_is_one_line(folder, tmp_path, config, message):
+    (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        ask(folder, tmp_path / "a.jsonl", checkpoint=tmp_path / "run")
+
+
+def name_pictures(data, name):
+    """Gives all questions the same picture."""
+    write(data / "world.jsonl", [row | {"image": name} for row in read(data / "world.jsonl")])
+
+
 @pytest.mark.parametrize(
     ("damage", "options", "message"),
     [
@@ -216,13 +257,15 @@ def test_a_file_of_somebody_else_is_not_written_over(folder, tmp_path):
         (None, {"prompts": "gpt4o"}, "prompts must be one of plain, got gpt4o"),
         (None, {"part": "generative"}, "world has no part: leave it out"),
         (None, {"benchmark": "amber", "part": "half"}, "part must be one of all, generative"),
-        (None, {"benchmark": "pope", "splits": "hard"}, "no coco_pope_hard.json"),
+        (None, {"benchmark": "pope", "splits": "hard"}, "splits must be one or more of adversarial, .*, got hard"),
         (lambda data: (data / "world.jsonl").write_text(""), {}, "/data.* has no (question of world|rows); fetch"),
         (None, {"benchmark": "mme"}, "benchmark"),
         (None, {"images": "elsewhere"}, "6 of 6 pictures are not in .*/elsewhere"),
         (None, {"checkpoint": "nowhere"}, "nowhere"),
         (None, {"decoding.max-tokens": 2000}, "question 'usual/0' has .* leaves room for 48 .* lower it"),
         (None, {"decoding.max-tokens": 5000}, "leaves room for 0 "),
+        (lambda data: name_pictures(data, "a" * 4000), {}, "1 of 1 pictures are not in .*first aaa"),
+        (lambda data: name_pictures(data, "images"), {}, "1 of 1 pictures are not in .*first images"),
         (None, {"slots": 0}, "slots must be at least 1"),
         (None, {"checkpont": "x"}, "--checkpoint"),
     ],
@@ -295,6 +338,15 @@ def test_numbers_go_where_they_are_to_or_nothing_is_begun(folder, by_hand, tmp_p
         with pytest.raises(ValueError, match=message):
             main(["score", *flags(folder, answers="nothing is read", out=out)])
     assert sorted(os.listdir(tmp_path)) == ["a.json", "file", "scores"]
+
+
+def test_numbers_are_not_written_over_what_they_are_made_of(folder, by_hand, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answers = shutil.copy(by_hand, tmp_path / "a.jsonl")
+    for given in ("a.jsonl", "*.jsonl", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"a.jsonl is what numbers are made of, and would be lost; name another"):
+            main(["score", *flags(folder, answers=given, out=f"../{tmp_path.name}/a.jsonl")])
+    assert answers.read_bytes() == by_hand.read_bytes()
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -376,6 +428,9 @@ def test_numbers_are_strict_json(folder, tmp_path, capsys, benchmark, text, more
     scored = strict(out)
     assert {name: scored[name] for name in expected} == expected
     printed = capsys.readouterr().out
+    assert re.search(rf"^warning +{re.escape(scored['warning'])}$", printed, re.MULTILINE), (
+        "few questions are no secret"
+    )
     for name, value in expected.items():
         assert re.search(rf"^{name} +{'nan' if value is None else f'{value:.2f}'}\b", printed, re.MULTILINE), printed
     given = ScoreOptions(benchmark=benchmark, data=str(folder / benchmark), answers=str(file), **more)

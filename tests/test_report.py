@@ -553,7 +553,7 @@ def write(name, text):
         (append("samples.jsonl", sample(), {"answers": {}}), "samples.jsonl, line 2, is no sample"),
         (append("samples.jsonl", sample(answers={"chosen": 3})), "line 1, is no sample"),
         (append("samples.jsonl", sample(before=3)), "line 1, is no sample"),
-        (lambda folder: (folder / "report.html").mkdir(), "report.html is a directory"),
+        (lambda folder: (folder / "report.html").mkdir(), "report.html is a folder; name a file"),
         (
             append("metrics.jsonl", {"step": 121, "not_finite": ["x"]}),
             r"line 121, has \['x'\] as not_finite, expected an",
@@ -576,11 +576,26 @@ def test_what_is_wrong_is_one_line_and_exit_2(tmp_path, capsys, harm, message):
     assert re.search(message, line)
 
 
+def test_a_page_says_whose_it_is(tmp_path):
+    """The demo's run, whose folder is called run as others are, by the one that it is in."""
+    for folder in ("a", "demo2/run"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_run(tmp_path / folder, 3)
+    heading = lambda page: re.findall("<(?:title|h1)>(.*?)</", page.read_text())[:2]  # charts have titles too
+    assert heading(write_report(tmp_path / "a")) == ["Run a"] * 2
+    assert heading(write_report(tmp_path / "demo2" / "run")) == ["Run demo2/run"] * 2
+    page = tmp_path / "to/be/made.html"
+    report.main(["--workdir", str(tmp_path / "a"), "--output", str(page), "--title", "Mine & <u>"])
+    assert heading(page) == ["Mine &amp; &lt;u&gt;"] * 2
+    with pytest.raises(ValueError, match=r"made.html cannot be written, for .*report.html is no folder"):
+        write_report(tmp_path / "a", tmp_path / "a/report.html/made.html")
+
+
 def test_the_old_page_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     write_run(tmp_path)
     old = write_report(tmp_path).read_text()
 
-    def fail(path, run):
+    def fail(path, run, title):
         path.write_text("<half")
         raise OSError("disk full")
 

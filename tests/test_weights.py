@@ -379,8 +379,17 @@ def test_files_that_are_not_what_they_should_be_raise_one_line(net, tmp_path):
     file.unlink()
     assert "names files that are not there: part-1.safetensors" in message(folder)
     file.write_bytes(content)
-    (folder / "config.json").write_text("{")
-    assert "config.json is not JSON" in message(folder)
+    index = folder / "model.safetensors.index.json"
+    listed = index.read_text()
+    index.write_text('{"weight_map": ["part-1.safetensors"]}')
+    assert "index.json has no weight_map of tensors to their files; fetch it again" in message(folder)
+    index.write_text(listed)
+    for content in ("{", '{"a":' * 100_000):
+        (folder / "config.json").write_text(content)
+        assert "config.json is not JSON" in message(folder)
+    for content in ("null", "[]", "3", "NaN"):
+        (folder / "config.json").write_text(content)
+        assert "config.json holds a JSON " in message(folder)
     (folder / "config.json").unlink()
     assert "config.json does not exist" in message(folder)
 
@@ -426,6 +435,14 @@ def test_bin_files_get_a_command_that_works(net, saved, tmp_path):
         (None, {"image_token_index": 5}, "expected image_token_index to follow the vocabulary"),
         ("vision_config", {"hidden_act": "gelu"}, "hidden_act: expected 'quick_gelu', got 'gelu'"),
         ("vision_config", {"model_type": "siglip_vision_model"}, "expected 'clip_vision_model'"),
+        (None, {"text_config": [1]}, "config.json: text_config is a JSON list, expected an object"),
+        (None, {"vision_config": "x"}, "config.json: vision_config is a JSON str, expected an object"),
+        (None, {"image_token_index": "x"}, "config.json: image_token_index is 'x', expected a whole number above 0"),
+        ("text_config", {"num_attention_heads": 0}, "text_config.num_attention_heads is 0, expected a whole number"),
+        ("text_config", {"hidden_size": 64.5}, "text_config.hidden_size is 64.5, expected a whole number above 0"),
+        ("text_config", {"rms_norm_eps": "tiny"}, "text_config.rms_norm_eps is 'tiny', expected a number above 0"),
+        ("text_config", {"rope_parameters": 3}, "config.json: rope_parameters is a JSON int, expected an object"),
+        ("vision_config", {"patch_size": None}, "vision_config.patch_size is None, expected a whole number above 0"),
     ],
 )
 def test_a_config_of_another_model_raises(saved, tmp_path, part, change, message):

@@ -6,6 +6,7 @@ discriminative one, a question asks about existence, an attribute or a relation,
 
 import functools
 import operator
+from collections import Counter
 from typing import NamedTuple
 
 from etils import epath
@@ -48,6 +49,10 @@ PARTS = {
     "relation": ("query_discriminative-relation.json", ("relation",)),
 }
 
+_PUBLISHED = {"generative": 1004, "existence": 4924, "attribute": 4764 + 2072 + 792, "relation": 975 + 689}
+_PUBLISHED["discriminative"] = sum(_PUBLISHED[part] for part in ("existence", "attribute", "relation"))
+_PUBLISHED["all"] = _PUBLISHED["generative"] + _PUBLISHED["discriminative"]
+
 _GENERATIVE = "generative"
 _GROUPS = {  # that a type of question is in
     "discriminative-hallucination": ("", "existence"),
@@ -73,6 +78,11 @@ def questions(data, *, prompts="official", part="all") -> list[Question]:
     """
     asked, _ = _read(data, prompts, part)
     return asked
+
+
+def sizes(asked, *, part="all") -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Returns how many questions there are, and how many in that part of AMBER, by what is counted."""
+    return {"questions": (len(asked), (_PUBLISHED[part],))}
 
 
 def score(
@@ -151,7 +161,11 @@ def _read(data, prompts, part):
     for needed in (file, truths):
         if not needed.exists():
             raise ValueError(f"{needed} is missing; name the folder data of AMBER's code")
-    annotations = {str(row["id"]): row for row in read_data(truths, {"id": (int, str), "type": str})}
+    rows = read_data(truths, {"id": (int, str), "type": str})
+    annotations = {str(row["id"]): row for row in rows}
+    if len(annotations) < len(rows):
+        ((twice, _),) = Counter(str(row["id"]) for row in rows).most_common(1)
+        raise ValueError(f"{truths} has the id {twice} more than once; fetch the file again")
     asked = []
     for row in read_data(file, _ASKED):
         key = str(row["id"])

@@ -1,9 +1,11 @@
 """What a benchmark asks, and the files of what was said to it: one answer to each question, or an error."""
 
+import glob
 import hashlib
 import json
 import math
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -163,21 +165,36 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads rows of JSON, one on a line or all in one array whatever the file is called.
 
     Args:
-      path: a file, a folder of .jsonl and .json files, or a glob, local or gs://. Files are read in the order of
-        their names.
+      path: a file, a folder of .jsonl and .json files, or a glob, whose folders may be patterns too; local or gs://.
+        Files are read in the order of their names, in which numbers count as such: part-2 comes before part-10.
 
     Raises:
       ValueError: there is no file, or one is damaged, or an object has two values of one name.
     """
-    path = epath.Path(path)
-    if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix in _SUFFIXES and file.name[0] not in "._"]
-    else:
-        files = [path] if path.exists() else path.parent.glob(path.name)
-    files = sorted(files, key=os.fspath)
+    files = row_files(path)
     if not files:
         raise ValueError(f"{path} names no file; expected a file, a folder of {'/'.join(_SUFFIXES)} files, or a glob")
     return [row for file in files for row in _read(file)]
+
+
+def row_files(path: str | os.PathLike) -> list[epath.Path]:
+    """Returns the files that `read_rows` reads, in their order; none if there is none."""
+    path = epath.Path(path)
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix in _SUFFIXES and file.name[0] not in "._"]
+    elif path.exists():
+        files = [path]
+    else:
+        # The part that is there is no pattern, whatever its names hold.
+        above = next((folder for folder in path.parents if folder.exists()), path.parent)
+        found = epath.Path(glob.escape(os.fspath(above))).glob(os.fspath(path.relative_to(above)))
+        files = [file for file in found if not file.is_dir()]
+    return sorted(files, key=_in_order)
+
+
+def _in_order(file):
+    parts = re.split("([0-9]+)", os.fspath(file))
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], os.fspath(file)
 
 
 def _read(file):

@@ -40,6 +40,7 @@ _COCO = {
     "captions": {"images": [{"id": int}], "annotations": [{"image_id": int, "caption": str}]},
 }
 _FILES = ("obj_halbench_300_with_image.jsonl", "questions.jsonl")
+_PUBLISHED = (300,)  # questions of Object HalBench
 _TAGGER = "en_core_web_trf"
 
 
@@ -58,6 +59,11 @@ def questions(data, *, prompts="official") -> list[Question]:
     return asked
 
 
+def sizes(asked) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Returns how many questions there are, and how many in Object HalBench, by what is counted."""
+    return {"questions": (len(asked), _PUBLISHED)}
+
+
 def write_pictures(data, folder) -> int:
     """Writes the pictures that the question file holds in base64 to a folder, by the names that `questions` gives.
 
@@ -65,6 +71,8 @@ def write_pictures(data, folder) -> int:
       How many there were.
     """
     folder = epath.Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder to write pictures to")
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for number, row in enumerate(_read_questions(data), 1):

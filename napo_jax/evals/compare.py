@@ -52,7 +52,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], *, resamples: i
         if parts.keys() <= numbers.keys() and all(name in run for run in runs)
     }
     return {
-        **{field: first[field] for field in _SAME if field in first},
+        **{field: first[field] for field in (*_SAME, "warning") if field in first},
         "differs": {f: [run.get(f) for run in (first, second)] for f in _SETTINGS if first.get(f) != second.get(f)},
         "resamples": resamples,
         "seed": seed,
@@ -102,6 +102,7 @@ def as_text(comparison: Mapping[str, Any], names=("A", "B")) -> str:
     asked = ", ".join(f"{field} {comparison[field]}" for field in ("benchmark", "prompts", "variant"))
     lines = [f"{asked}; 95% intervals over {comparison['resamples']} resamples"]
     lines += [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
+    lines += [f"warning: {comparison['warning']}"] if "warning" in comparison else []
     lines += [f"{field}: A {first}, B {second}" for field, (first, second) in comparison["differs"].items()]
     rows = [("", "A", "B", "B - A", "of A", "of B")]
     for name, metric in comparison["metrics"].items():

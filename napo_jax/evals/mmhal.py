@@ -28,6 +28,7 @@ SLOTS = ("image_content", "question", "gt_answer", "model_answer")  # of the jud
 _FILES = ("response_template.json", "mmhal-bench_answer_template.json")
 _ROW = dict.fromkeys(("image_id", "image_src", "question_type", "question", "gt_answer"), str)
 _ROW |= {"image_content": [str]}
+_PUBLISHED = (96,)
 _RATINGS = range(7)
 _CLEAN = 3  # the least rating of an answer without a hallucination
 
@@ -45,6 +46,11 @@ def questions(data, *, prompts="official") -> list[Question]:
         beside = {"question_id": number, "image_id": row["image_id"], "prompt": text}
         asked.append(Question(str(number), text, row["image_src"].rsplit("/", 1)[-1], beside))
     return asked
+
+
+def sizes(asked) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Returns how many questions there are, and how many in MMHal-Bench, by what is counted."""
+    return {"questions": (len(asked), _PUBLISHED)}
 
 
 def ask_judge(data, rows, template, judge: Judge, name: str, *, prompts="official", at_once=1) -> Iterator[dict]:

@@ -1,6 +1,7 @@
 """POPE: whether a model says "yes" to things that are not in the picture."""
 
 import math
+from collections import Counter
 
 import numpy as np
 from etils import epath
@@ -24,6 +25,8 @@ VARIANTS = {
 
 _METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 _CELLS = ("TP", "FP", "TN", "FN")  # the positive is yes
+# Questions of a split. In the files that LLaVA pins, 90 of the random ones are missing.
+_PUBLISHED = {"adversarial": (3000,), "popular": (3000,), "random": (3000, 2910)}
 _LLAVA = "llava_pope_test.jsonl"  # LLaVA's question file: ids that are unique over the splits
 _ROW = {"question_id": (int, str), "image": str, "text": str, "label": str}
 _LLAVA_ROW = {"question_id": (int, str), "image": str, "text": str, "category": str}
@@ -39,8 +42,8 @@ def questions(data, *, prompts="llava", splits=SPLITS) -> list[Question]:
       splits: those that are asked.
     """
     prompt = choose(PROMPTS, prompts, "prompts")
-    if not splits:
-        raise ValueError(f"splits must be at least one of {', '.join(SPLITS)}, got none")
+    if not splits or len(set(splits)) < len(splits) or not set(splits) <= set(SPLITS):
+        raise ValueError(f"splits must be one or more of {', '.join(SPLITS)}, got {', '.join(splits) or 'none'}")
     return [
         Question(
             f"{split}/{row['question_id']}",
@@ -52,6 +55,12 @@ def questions(data, *, prompts="llava", splits=SPLITS) -> list[Question]:
         for split in splits
         for row in _read_split(data, split)
     ]
+
+
+def sizes(asked) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Returns how many questions each split has, and how many in POPE's own files, by what is counted."""
+    splits = Counter(question.row["category"] for question in asked)
+    return {f"{split} questions": (count, _PUBLISHED[split]) for split, count in splits.items()}
 
 
 def score(data, rows, *, prompts="llava", variant="mean", splits=SPLITS) -> dict:

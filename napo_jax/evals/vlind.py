@@ -6,11 +6,12 @@ about the same in words, LP about the picture itself. CB counts instances that p
 before.
 """
 
+import reprlib
 from typing import NamedTuple
 
 from etils import epath
 
-from napo_jax.evals.answers import Question, choose, join, read_rows
+from napo_jax.evals.answers import NUMBER, Question, choose, join, read_data
 
 NAME = "vlind"
 
@@ -59,6 +60,13 @@ PROMPTS = {
     ),
 }
 
+# Of the data set: all, and those with a good picture.
+_PUBLISHED = (421, 302)
+_TEXTS = ("concept", "context", "factual_context", "true_statement", "false_statement")
+_TEXTS += ("existent_noun", "non-existent_noun")
+_ROW = dict.fromkeys(_TEXTS, str) | {"context_id": (int, str), "best_img_id": (int, str)}
+_ROW |= {"aggregated_human_label_good_images": {...: NUMBER}}
+
 _FIELDS = ("a1_image", "a2_image", "b1", "b2", "c1_image", "c2_image")  # of the benchmark's own files of answers
 
 
@@ -77,6 +85,11 @@ def questions(data, *, prompts="released") -> list[Question]:
     """
     prompts = choose(PROMPTS, prompts, "prompts")
     return [question for instance in _read_instances(data) for question in _ask(instance, prompts)]
+
+
+def sizes(asked) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Returns how many instances are asked about, and how many there are in the data set, by what is counted."""
+    return {"instances": (sum(question.row["part"] == "a1" for question in asked), _PUBLISHED)}
 
 
 def score(data, rows, *, prompts="released", variant="all") -> dict:
@@ -153,14 +166,10 @@ def _read_instances(data):
     if not file.exists():
         raise ValueError(f"{file} is missing; fetch the data set klee972/VLind-Bench and name the folder of data.json")
     instances = []
-    for number, row in enumerate(read_rows(file), 1):
-        try:
-            votes = row["aggregated_human_label_good_images"]
-            good = tuple(image for image, count in votes.items() if count >= _LEAST_VOTES)
-            if good:
-                instances.append(_Instance(_name(row), good, row))
-        except (KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{file}, instance {number}, is not one of VLind-Bench: {error!r}") from None
+    for row in read_data(file, _ROW):
+        votes = row["aggregated_human_label_good_images"]
+        if good := tuple(image for image, count in votes.items() if count >= _LEAST_VOTES):
+            instances.append(_Instance(_name(row), good, row))
     return instances
 
 
@@ -171,25 +180,20 @@ def _name(row):
 def _ask(instance, prompts):
     """Returns the questions of an instance."""
     name, row = instance.name, instance.row
-    try:
-        real, false = row["true_statement"], row["false_statement"]  # what is true of the counterfactual picture
-        votes = row["aggregated_human_label_good_images"]
-        best = max(votes, key=votes.get) if prompts.best == "votes" else row["best_img_id"]
-        best = f"counterfactual/{name}/{best}.jpg"
-        factual = f"factual/{row['concept']}/{row['context_id']}_{row['factual_context']}/0.jpg"
-        there, not_there = (
-            f"There is {row[noun]} in the given image." for noun in ("existent_noun", "non-existent_noun")
-        )
-        asked = [
-            ("a1", prompts.commonsense.format(statement=false), factual),
-            ("a2", prompts.commonsense.format(statement=real), factual),
-            ("b1", prompts.perception.format(statement=there), best),
-            ("b2", prompts.perception.format(statement=not_there), best),
-            ("c1", prompts.context.format(context=row["context"], statement=real), best),
-            ("c2", prompts.context.format(context=row["context"], statement=false), best),
-        ]
-    except KeyError as error:
-        raise ValueError(f"data.json: the instance {name!r} has no {error.args[0]!r}; fetch the file again") from None
+    real, false = row["true_statement"], row["false_statement"]  # what is true of the counterfactual picture
+    votes = row["aggregated_human_label_good_images"]
+    best = max(votes, key=votes.get) if prompts.best == "votes" else row["best_img_id"]
+    best = f"counterfactual/{name}/{best}.jpg"
+    factual = f"factual/{row['concept']}/{row['context_id']}_{row['factual_context']}/0.jpg"
+    there, not_there = (f"There is {row[noun]} in the given image." for noun in ("existent_noun", "non-existent_noun"))
+    asked = [
+        ("a1", prompts.commonsense.format(statement=false), factual),
+        ("a2", prompts.commonsense.format(statement=real), factual),
+        ("b1", prompts.perception.format(statement=there), best),
+        ("b2", prompts.perception.format(statement=not_there), best),
+        ("c1", prompts.context.format(context=row["context"], statement=real), best),
+        ("c2", prompts.context.format(context=row["context"], statement=false), best),
+    ]
     for image in instance.good:
         picture = f"counterfactual/{name}/{image}.jpg"
         asked.append((f"d1/{image}", prompts.image.format(statement=real), picture))
@@ -226,7 +230,8 @@ def _unfold(rows):
 def _unfold_answer(key, said):
     text, answer = said["response"], said.get("answer")
     if answer is not None and answer != read_answer(text):
-        raise ValueError(f"{key!r}: the 'answer' {answer!r} is not what the 'response' {text!r} says")
+        answer, text = reprlib.repr(answer), reprlib.repr(text)
+        raise ValueError(f"{key!r}: the 'answer' {answer} is not what the 'response' {text} says")
     return {"key": key, "text": text}
 
 
