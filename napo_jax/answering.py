@@ -18,6 +18,7 @@ from napo_jax.pieces import BOOKS, Line, Pieces, digest, read_manifest, write_du
 from napo_jax.progress import AnswerProgress, wait_until
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
+from napo_jax.storage import check_writable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def answer(options: AnswerOptions, console=None):
     manifest, pieces = read_manifest(books, settings), Pieces(books)
     if target.exists() and not manifest:
         raise ValueError(f"{target} is there, and nothing in {books} says how it was made; name another file")
+    check_writable(target.parent)
     said = {line.row: line.text for line in pieces.new()}
     console.note(f"model    {source}")
     console.note(f"asks     {len(questions)} questions of {options.benchmark}, {len(questions) - len(said)} to go")

@@ -29,6 +29,7 @@ from napo_jax.models import Llava
 from napo_jax.models.llava import without_missing_adapters
 from napo_jax.models.lora import LoraConfig, is_adapter
 from napo_jax.optim import learning_rates, make_optimizer, unflatten
+from napo_jax.own_time import OwnTime
 from napo_jax.preemption import StopSignal
 from napo_jax.processes import together
 from napo_jax.reference import open_reference
@@ -36,6 +37,7 @@ from napo_jax.report import write_report
 from napo_jax.sharding import ROWS, make_mesh, over_rows
 from napo_jax.start import first_state, load_parts, make_model
 from napo_jax.step import Frozen, make_train_step
+from napo_jax.storage import check_writable
 from napo_jax.versions import versions
 
 
@@ -63,6 +65,8 @@ def train(config: Config, workdir, console=None):
     """
     console, workdir = console or Console(), absolute(workdir)
     # What can be wrong is looked for before what takes long: files, then devices, then all rows.
+    for folder in (workdir, workdir / "checkpoints"):
+        check_writable(folder)
     begun = _begun(workdir)
     source = find_model(config.model, config.train.seed, begun.get("source_step"))
     if any(run.workdir == workdir for run in source.runs):
@@ -91,7 +95,7 @@ def train(config: Config, workdir, console=None):
     best = {"best_metric": config.train.best_metric, "best_mode": _better(config.train.best_metric)}
     keep = {"keep_last": config.train.keep, "keep_best": config.train.keep_best}
     checkpoints = Checkpoints(workdir / "checkpoints", **keep, **(best if config.train.keep_best else {}))
-    latest = checkpoints.latest()
+    latest = checkpoints.recover(console.note)
     if latest is not None and latest >= steps:
         console.note(f"{steps} steps are done: nothing to do")
         _write_page(workdir, console)  # a run that was killed as it ended has none
@@ -147,12 +151,14 @@ def train(config: Config, workdir, console=None):
             )
     frozen = Frozen(frozen, live)
     records = dataset.table.records
+    own_time = OwnTime()
     journal = Journal(
         config.train,
         workdir,
         start,
         steps,
         console,
+        own_time,
         examples=config.data.batch_size,
         records_of=lambda number: records[loader.order[number - 1][1]].tolist(),
         last_good=checkpoints.latest,
@@ -162,7 +168,8 @@ def train(config: Config, workdir, console=None):
 
     def evaluate(number):
         journal.flush()
-        measured = held_out(unflatten(state.params, frozen.params))
+        with own_time.shared():
+            measured = held_out(unflatten(state.params, frozen.params))
         journal.evaluation(number, measured)
         journal.interrupted()
         return measured
@@ -170,7 +177,10 @@ def train(config: Config, workdir, console=None):
     def save(number, measured):
         journal.flush()  # what is not known to be good is not saved
         extra = {"data": {"step": number, "data": loader.fingerprint}, "config": settings}
-        checkpoints.save(number, state, extra, measured)
+        with own_time.shared():
+            checkpoints.save(number, state, extra, measured)
+        if slow := own_time.compare():
+            console.note(slow)
         journal.interrupted()
 
     try:
@@ -182,7 +192,8 @@ def train(config: Config, workdir, console=None):
                 if batch.bucket not in seen:  # it is compiled now
                     journal.interrupted()
                     seen.add(batch.bucket)
-                state, metrics = step_of(state, frozen, batch)
+                with own_time.shared():
+                    state, metrics = step_of(state, frozen, batch)
                 tokens = batch.bucket.tokens * config.data.batch_size
                 journal.step(number, metrics, tokens=tokens, flops=flops(batch.bucket))
                 last, asked = number == steps, stop.asked(number)
