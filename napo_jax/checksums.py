@@ -55,7 +55,7 @@ def read_sums(save) -> dict[str, FileSum]:
         return {}
     sums = _read(folder / _REST)
     for name, found in list(sums.items()):
-        if name.startswith(f"{FOLDER}/"):
+        if name.startswith(f"{FOLDER}/") and name.endswith(".json"):
             file = save / name
             if not file.exists() or sum_file(file) != found:
                 raise ValueError(f"{name} is damaged")
@@ -80,7 +80,7 @@ class SumsHandler(ocp.AsyncCheckpointHandler):
         raise NotImplementedError
 
 
-@ocp.args.register_with_handler(SumsHandler, for_save=True)
+@ocp.args.register_with_handler(SumsHandler, for_save=True, for_restore=True)  # Orbax wants both
 @dataclasses.dataclass
 class SumsSave(ocp.args.CheckpointArgs):
     """Asks Orbax for sums."""
@@ -93,7 +93,7 @@ def seal(save):
     folder = save / FOLDER
     done = {name for file in folder.glob("*.json") for name in _read(file)}
     items = [item for item in save.iterdir() if item.is_dir()]
-    files = {_name(save, file): file for item in items for file in item.rglob("*") if file.is_file()}
+    files = {_name(save, file): file for item in items for file in _files(item)}
     _write(folder / _REST, sum_files({name: file for name, file in files.items() if name not in done}))
 
 
@@ -102,8 +102,17 @@ def _sum_own(folder):
     index = jax.process_index()
     (state,) = folder.parent.glob("state*")  # not by its last name yet
     own = state / f"ocdbt.process_{index}"
-    files = [file for file in own.rglob("*") if file.is_file()] if own.is_dir() else []
+    files = _files(own) if own.is_dir() else ()
     _write(folder / f"{index}.json", sum_files({f"state/{_name(state, file)}": file for file in files}))
+
+
+def _files(folder):
+    """Yields the files in a folder and below."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
 
 
 def _name(folder, file):

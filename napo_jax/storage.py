@@ -1,5 +1,6 @@
 """What a disk refuses, found in whatever error it comes as, and said with what to do about it."""
 
+import contextlib
 import errno
 import os
 import re
@@ -51,6 +52,17 @@ def find_refusal(error) -> Refusal | None:
         seen.append(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Adds the path to what the system says inside a `with` of writing to a file, which names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
 
 
 def check_writable(folder):

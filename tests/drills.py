@@ -234,7 +234,7 @@ def obey_permissions():
 
 
 def wide_model():
-    """Makes the tiny model one of 100 MB, and notes how far each part of a run raises the memory of this process."""
+    """Makes the tiny model one of 50 MB, and notes how far each part of a run raises the memory of this process."""
     import dataclasses
 
     from napo_jax import model_source, train
@@ -243,7 +243,7 @@ def wide_model():
     shape = model_source.random_shape
 
     def wider(size):
-        text = dataclasses.replace(shape(size).text, width=512, mlp_width=1536, layers=8, heads=8, kv_heads=8)
+        text = dataclasses.replace(shape(size).text, width=512, mlp_width=1536, layers=4, heads=8, kv_heads=8)
         return dataclasses.replace(shape(size), text=text)
 
     model_source.random_shape = wider

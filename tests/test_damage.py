@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def state(step):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with three saves."""
-    with Checkpoints(tmp_path_factory.mktemp("saved")) as checkpoints:
+    with Checkpoints(tmp_path_factory.mktemp("saved"), best_metric="loss") as checkpoints:
         for step in STEPS:
             checkpoints.save(step, state(step), {"step": step}, {"loss": 0.5})
     return checkpoints.folder
@@ -54,7 +55,7 @@ HARMS = {
 def test_every_file_of_a_save_is_summed_and_every_harm_is_found(folder):
     save = folder / "6"
     assert find_damage(save) is None
-    files = [file for file in save.rglob("*") if file.is_file() and file.parent != save]
+    files = [file for file in Path(save).rglob("*") if file.is_file() and file.parent != Path(save)]
     kinds = {str(file.relative_to(save)).split("/")[0] for file in files}
     assert kinds == {"state", "extra", "metrics", FOLDER}
     assert len(files) > 6
@@ -90,7 +91,7 @@ def test_a_large_file_is_never_in_memory_whole(tmp_path):
 
 def test_the_damaged_are_set_aside_one_after_the_other(folder):
     """And never deleted; the run that goes on from the one before saves the same steps again."""
-    flip(max((folder / "6").rglob("*"), key=lambda file: file.stat().length if file.is_file() else 0))
+    flip(max(Path(folder / "6").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0))
     (folder / "4" / "state" / "manifest.ocdbt").unlink()
     said = []
     checkpoints = Checkpoints(folder, keep_last=3)
@@ -173,3 +174,13 @@ def test_sums_are_of_what_was_written(folder):
         data = (folder / "6" / name).read_bytes()
         assert (size, crc) == (len(data), zlib.crc32(data)), name
     assert jax.process_count() == 1
+
+
+def test_what_orbax_notes_of_a_save_is_not_needed(folder):
+    """Its file beside the items is the only one without a sum."""
+    note = folder / "6" / "_CHECKPOINT_METADATA"
+    note.write_text(note.read_text()[:-5])
+    assert Checkpoints(folder).restore(6, state(0))[1] == {"step": 6}
+    note.unlink()
+    assert Checkpoints(folder).recover(pytest.fail) == 6
+    assert Checkpoints(folder).restore(6, state(0))[1] == {"step": 6}

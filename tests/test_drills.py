@@ -130,9 +130,9 @@ def test_killed_in_a_step(drill):
 def test_killed_in_a_save(drill, workdir):
     """Its part is written and the save is not whole: it counts as none."""
     before = max(Checkpoints(workdir / "checkpoints").steps())
-    outcome, saved = drill("in_a_save", who=3, at=1)
+    outcome, saved = drill("in_a_save", who=3, at=2)
     assert_all_end_soon(outcome, 3)
-    assert max(saved) == before
+    assert max(saved) == before + EVERY, "the first one was whole"
     assert any("tmp" in path.name for path in (workdir / "checkpoints").iterdir()), "nothing was under way"
 
 
@@ -187,11 +187,11 @@ def finished(nursery, folder, workdir, straight):
     """The last drill: the newest checkpoint is damaged, and one process is slow; the run comes to its end."""
     checkpoints = Checkpoints(workdir / "checkpoints")
     newest = checkpoints.folder / str(checkpoints.latest())
-    files = [file for file in newest.rglob("*") if file.is_file()]
-    data = bytearray((largest := max(files, key=lambda file: file.stat().length)).read_bytes())
+    files = [file for file in Path(newest).rglob("*") if file.is_file()]
+    data = bytearray((largest := max(files, key=lambda file: file.stat().st_size)).read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    outcome = nursery.run(command(folder, workdir), harm="slow", who=2, seconds=0.5)
+    outcome = nursery.run(command(folder, workdir), harm="slow", who=2, seconds=1.0)
     return int(newest.name), outcome
 
 
@@ -209,8 +209,9 @@ def test_the_newest_checkpoint_is_damaged(finished, workdir):
 
 def test_one_is_slow(finished):
     _, outcome = finished
-    slow = re.findall(r"slow     process (\d) takes 0\.[5-9]\d s of each step for itself", outcome.out[0])
-    assert set(slow) == {"2"}
+    slow = re.findall(r"slow     process (\d) takes (\S+) s of each step for itself", outcome.out[0])
+    assert {index for index, _ in slow} == {"2"}
+    assert all(float(seconds) > 0.9 for _, seconds in slow)
 
 
 def test_whatever_happened_the_bits_are_the_same(finished, straight, folder, workdir):
@@ -229,7 +230,7 @@ def test_each_process_reads_its_rows_and_no_others(straight):
 def test_the_first_process_alone_writes_what_is_written_once(straight, folder):
     assert [out == "" for out in straight.out] == [False, True, True, True]
     written = [set(seen["written"]) for seen in straight.seen]
-    once = {"config.json.new", "versions.json.new", "metrics.jsonl", "report.html"}
+    once = {"config.json.new", "versions.json.new", "metrics.jsonl"}
     assert once <= written[0]
     for index, others in enumerate(written[1:], 1):
         own = re.compile(rf"checkpoints/.*(sums.*/{index}\.json|process_{index})$")
@@ -237,10 +238,12 @@ def test_the_first_process_alone_writes_what_is_written_once(straight, folder):
 
 
 def test_memory_of_each_process_falls_as_processes_are_added(nursery, folder):
-    """A model of 100 MB with AdamW's moments; each run goes on from the save of another number of processes."""
-    found, model = {}, 25.7e6 * 4
+    """A model of 50 MB with AdamW's moments; each run goes on from the save of another number of processes."""
+    found, model = {}, 12.9e6 * 4
     for steps, count in enumerate((1, 2, 4, 1), 1):
-        arguments = command(folder, folder / "wide", **{"train.steps": steps, "train.reference": "live"})
+        arguments = command(
+            folder, folder / "wide", **{"train.steps": steps, "train.reference": "live", "data.made-up": 8}
+        )
         outcome = nursery.run(arguments, count=count, harm="wide_model")
         assert outcome.statuses == [0] * count, outcome.err[0][-3000:]
         peaks = [seen["memory"] for seen in outcome.seen]
@@ -274,14 +277,14 @@ def answer(folder, name):
     return ["answer", *flags(**options)], (folder / f"{name}.jsonl").read_text
 
 
-@pytest.mark.parametrize(("module", "make"), [("build_bias", build), ("evaluate", answer)])
-def test_a_host_that_dies_while_it_speaks_is_taken_over(nursery, speaking, module, make):
+@pytest.mark.parametrize(("module", "make", "at"), [("build_bias", build, 1), ("evaluate", answer, 0)])
+def test_a_host_that_dies_while_it_speaks_is_taken_over(nursery, speaking, module, make, at):
     """The two share nothing but the folder that they write to. The same command goes on, on one host too."""
     whole, result = make(speaking, f"{module}_whole")
     assert nursery.run(whole, command=module, count=1).statuses == [0]
     expected = result()
     arguments, result = make(speaking, f"{module}_broken")
-    outcome = nursery.run(arguments, command=module, count=2, harm="between_answers", who=1, at=1)
+    outcome = nursery.run(arguments, command=module, count=2, harm="between_answers", who=1, at=at)
     assert outcome.statuses[1] == -9
     assert outcome.statuses[0] not in (0, 2, 143), outcome.err[0][-2000:]
     assert outcome.behind < SOON

@@ -3,13 +3,14 @@
 import errno
 import os
 import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from etils import epath
 
 from napo_jax.command import exit_with_one_line
-from napo_jax.storage import Refusal, check_writable, find_refusal
+from napo_jax.storage import Refusal, check_writable, find_refusal, naming
 
 
 def refused(number, path="/data/run"):
@@ -17,7 +18,9 @@ def refused(number, path="/data/run"):
 
 
 def behind(error, cause=None, context=None):
-    error.__cause__, error.__context__ = cause, context
+    if cause is not None:  # None would hide the context
+        error.__cause__ = cause
+    error.__context__ = context
     return error
 
 
@@ -109,3 +112,14 @@ def test_a_folder_is_tried_and_nothing_stays(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=os.strerror(number)) as error:
             check_writable(epath.Path(tmp_path / "run"))
         assert (error.value.errno, error.value.filename) == (number, str(tmp_path)), "by a name that somebody knows"
+
+
+def test_what_names_no_file_gets_a_name():
+    """A write says what is wrong and not where."""
+    full = epath.Path("/dev/full")
+    with pytest.raises(OSError, match="No space left") as error, naming(full), open(full, "w") as file:
+        file.write("x")
+    assert find_refusal(error.value) == Refusal(errno.ENOSPC, "/dev/full")
+    with pytest.raises(FileNotFoundError) as error, naming(epath.Path("/a")):
+        Path("/b/c").read_text()
+    assert error.value.filename == "/b/c"
