@@ -183,6 +183,7 @@ def train(config: Config, workdir, console=None):
             console.note(slow)
         journal.interrupted()
 
+    left = False
     try:
         with StopSignal() as stop, jax.set_mesh(mesh):
             if held_out and start == 0:
@@ -206,11 +207,17 @@ def train(config: Config, workdir, console=None):
                     raise StoppedError(
                         f"asked to stop: saved step {number}; the same command goes on from there", TERMINATED
                     )
+    except Exception as error:
+        # Who fails alone ends at once: to close the checkpoints is to wait for the others, which wait for this one.
+        left = jax.process_count() > 1 and not isinstance(error, StoppedError)
+        raise
     finally:
         try:
-            journal.close()
+            if not left:
+                journal.close()
         finally:
-            checkpoints.close()
+            if not left:
+                checkpoints.close()
             _write_page(workdir, console)
     return journal.last
 

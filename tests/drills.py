@@ -53,12 +53,10 @@ class Nursery:
         self._folder, self._runs = Path(folder), 0
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"}
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(self._folder / "programs")}
-        # What four processes on two processors would each compile for themselves, the first one compiles for all.
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": (self._folder / "nursery").open("w")}
-        self._program = subprocess.Popen(
-            [sys.executable, __file__], env=environment, text=True, start_new_session=True, **pipes
-        )
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        with (self._folder / "nursery").open("w") as errors:
+            self._program = subprocess.Popen([sys.executable, __file__], env=environment, stderr=errors, **pipes)
 
     def __enter__(self):
         return self
@@ -320,6 +318,22 @@ HARMS = {
 }
 
 
+def keep_programs():
+    """Lets every process keep what it compiles, and not the first alone: it compiles the same in every run."""
+    from jax._src import compiler, distributed
+
+    write, state = compiler._cache_write, distributed.global_state
+
+    def write_as_the_first(*args, **kwargs):
+        own, state.process_id = state.process_id, 0
+        try:
+            write(*args, **kwargs)
+        finally:
+            state.process_id = own
+
+    compiler._cache_write = write_as_the_first
+
+
 def be_one(order, index):
     """Is one of the processes of a run; returns its exit status."""
     file = order["files"][index]
@@ -335,6 +349,7 @@ def be_one(order, index):
     from napo_jax.command import exit_with_one_line
 
     jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=HEARTBEAT)
+    keep_programs()
     try:
         if order["harm"] and order["who"] in (None, index):
             HARMS[order["harm"]](**order["options"])

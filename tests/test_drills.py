@@ -12,15 +12,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from drills import BALLAST, HEARTBEAT, Nursery, flags
-from speaking_model import write_speaking_model
-from test_build_bias import row
 
 from napo_jax.checkpoint import Checkpoints
-from napo_jax.world.exams import write_pope
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 STEPS, EVERY, BATCH = 8, 2, 4
@@ -235,64 +230,6 @@ def test_the_first_process_alone_writes_what_is_written_once(straight, folder):
     for index, others in enumerate(written[1:], 1):
         own = re.compile(rf"checkpoints/.*(sums.*/{index}\.json|process_{index})$")
         assert [name for name in others if not own.search(name)] == []
-
-
-def test_memory_of_each_process_falls_as_processes_are_added(nursery, folder):
-    """A model of 50 MB with AdamW's moments; each run goes on from the save of another number of processes."""
-    found, model = {}, 12.9e6 * 4
-    for steps, count in enumerate((1, 2, 4, 1), 1):
-        arguments = command(
-            folder, folder / "wide", **{"train.steps": steps, "train.reference": "live", "data.made-up": 8}
-        )
-        outcome = nursery.run(arguments, count=count, harm="wide_model")
-        assert outcome.statuses == [0] * count, outcome.err[0][-3000:]
-        peaks = [seen["memory"] for seen in outcome.seen]
-        found[count] = {name: max(each[name] for each in peaks) for name in peaks[0]}
-    print(json.dumps({count: {name: round(x / 1e6) for name, x in each.items()} for count, each in found.items()}))
-    for name in ("restore", "run"):
-        assert found[1][name] > 1.3 * found[2][name] > 1.3 * 1.3 * found[4][name], found
-    assert found[1]["restore"] > 3 * model
-    assert found[4]["save"] < model
-
-
-@pytest.fixture(scope="module")
-def speaking(folder):
-    """A model that has something to say, rows to build biased answers for, and questions."""
-    write_speaking_model(folder / "model")
-    (folder / "in").mkdir()
-    pq.write_table(pa.Table.from_pylist([row(i) for i in range(24)]), folder / "in" / "a.parquet")
-    write_pope(folder / "pope", 4)
-    return folder
-
-
-def build(folder, name):
-    options = {"input": folder / "in", "output": folder / name, "model.path": folder / "model", "piece": 2, "slots": 2}
-    options |= {"config": "configs/debug.py", "decoding.beams": 1, "decoding.max-tokens": 12}
-    return flags(**options), lambda: pq.read_table(folder / name / "a.parquet").to_pylist()
-
-
-def answer(folder, name):
-    options = {"benchmark": "pope", "data": folder / "pope", "answers": folder / f"{name}.jsonl", "slots": 2}
-    options |= {"checkpoint": folder / "model", "decoding.max-tokens": 12}
-    return ["answer", *flags(**options)], (folder / f"{name}.jsonl").read_text
-
-
-@pytest.mark.parametrize(("module", "make", "at"), [("build_bias", build, 1), ("evaluate", answer, 0)])
-def test_a_host_that_dies_while_it_speaks_is_taken_over(nursery, speaking, module, make, at):
-    """The two share nothing but the folder that they write to. The same command goes on, on one host too."""
-    whole, result = make(speaking, f"{module}_whole")
-    assert nursery.run(whole, command=module, count=1).statuses == [0]
-    expected = result()
-    arguments, result = make(speaking, f"{module}_broken")
-    outcome = nursery.run(arguments, command=module, count=2, harm="between_answers", who=1, at=at)
-    assert outcome.statuses[1] == -9
-    assert outcome.statuses[0] not in (0, 2, 143), outcome.err[0][-2000:]
-    assert outcome.behind < SOON
-    again = nursery.run(arguments, command=module, count=1)
-    assert again.statuses == [0], again.err
-    left = int(re.search(r"(\d+) (?:answers )?to go", again.out[0])[1])
-    assert 0 < left < len(expected) * (2 if module == "build_bias" else 1), "it began anew"
-    assert result() == expected
 
 
 def test_the_page_has_a_row_for_each_drill():
