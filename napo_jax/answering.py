@@ -18,6 +18,7 @@ from napo_jax.pieces import BOOKS, Line, Pieces, digest, make_room, read_manifes
 from napo_jax.progress import AnswerProgress, wait_until
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
+from napo_jax.storage import check_writable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,7 @@ def answer(options: AnswerOptions, console=None):
     manifest, pieces = read_manifest(books, settings), Pieces(books)
     if target.exists() and not manifest:
         raise ValueError(f"{target} is there, and nothing in {books} says how it was made; name another file")
+    check_writable(target.parent)
     said = dict(_read(pieces, questions, books))
     console.note(f"model    {source}")
     if warning := options.size(questions).get("warning"):

@@ -28,6 +28,7 @@ from napo_jax.processes import together
 from napo_jax.progress import AnswerProgress, wait_until
 from napo_jax.sharding import make_mesh
 from napo_jax.speaker import load_speaker
+from napo_jax.storage import check_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ def build(config: Config, options: Options, console=None):
     if there and not work.count_missing() and work.manifest.get("written") == written:
         console.note(f"all of that is done: {work.folder / PAGE}")
         return json.loads((work.folder / SUMMARY).read_text())
+    check_writable(work.folder)
     with StopSignal(alone=True) as stop:
         check = functools.partial(raise_if_asked, stop, "what was said is kept")
         if work.count_missing():

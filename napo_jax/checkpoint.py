@@ -1,12 +1,15 @@
 """Checkpoints: the trained state, the place in the data and the config, in one save that is there whole or not at all.
 
 Orbax writes a save aside and renames it when it is whole (on gs:// its last file marks it), so a run that is killed at
-any moment goes on from the save before. Leaves are kept under names such as `opt_state/0/mu/projector/up/kernel` and
-not as instances of classes: what was saved outlives the classes of the optimizer, and may be read in part.
+any moment goes on from the save before. A save holds sums of its files (`checksums`), which tell it from one that a
+disk has damaged since (`damage`). Leaves are kept under names such as `opt_state/0/mu/projector/up/kernel` and not as
+instances of classes: what was saved outlives the classes of the optimizer, and may be read in part.
 """
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -17,6 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+
+from napo_jax.checksums import FOLDER, SumsSave, seal
+from napo_jax.damage import find_damage, saves_set_aside, set_aside
+from napo_jax.storage import find_refusal
 
 
 class Checkpoints:
@@ -58,7 +65,8 @@ class Checkpoints:
           extra: a dict for JSON: the place in the data, the config.
           metrics: {name: float} that this step is judged by, or None.
         """
-        latest = self._manager.latest_step()
+        with self._plainly():  # the first time, this makes the folder
+            latest = self._manager.latest_step()
         if step == latest:
             return
         if latest is not None and step < latest:
@@ -67,18 +75,22 @@ class Checkpoints:
             )
         if metrics and self._best_metric and self._best_metric not in metrics:
             raise ValueError(f"the best checkpoint is told by {self._best_metric!r}; the metrics are {sorted(metrics)}")
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_by_name(state)), extra=ocp.args.JsonSave(extra))
-        self._manager.save(step, args=items, metrics=metrics or {}, force=True)
+        sums = SumsSave(functools.partial(setattr, self, "_under_way"))
+        items = {"state": ocp.args.PyTreeSave(_by_name(state)), "extra": ocp.args.JsonSave(extra), FOLDER: sums}
+        with self._plainly():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or {}, force=True)
 
     def wait(self):
         """Waits until the last save is whole; raises what went wrong with it."""
         if "_manager" in self.__dict__:
-            self._manager.wait_until_finished()
+            with self._plainly():
+                self._manager.wait_until_finished()
 
     def close(self):
         """Waits, and ends the threads that save."""
         if "_manager" in self.__dict__:
-            self._manager.close()
+            with self._plainly():
+                self._manager.close()
             del self._manager
 
     def __enter__(self):
@@ -103,6 +115,43 @@ class Checkpoints:
                     "one after the other (-1: none); it must be a folder that they share"
                 )
         return latest
+
+    def recover(self, note) -> int | None:
+        """Returns the latest step whose files are as they were written, or None if nothing was ever saved.
+
+        A save that is damaged is set aside under another name. All processes call this and come to the same; each
+        reads its share of the files. Raises if saves were set aside and none is left to go on from.
+
+        Args:
+          note: called with a line for each save that is damaged, or has no sums to tell.
+        """
+        while (step := self.latest()) is not None:
+            save = self.folder / str(step)
+            if (damage := find_damage(save)) is None:
+                if not (save / FOLDER).is_dir():
+                    note(f"unknown  step {step} was saved without sums of its files: used as it is")
+                return step
+            note(f"damaged  the checkpoint of step {step}: {damage}; set aside as {set_aside(save)}")
+        if aside := saves_set_aside(self.folder):
+            raise ValueError(
+                f"{self.folder} has no checkpoint left to go on from, and {len(aside)} damaged ones, such as "
+                f"{aside[-1].name}: put a copy of one there under its number, or begin anew in another workdir"
+            )
+        return None
+
+    def check(self, step, *, together=None):
+        """Raises if a save is damaged, for those who read the saves of another run.
+
+        Args:
+          step: one of `steps()`.
+          together: as for `damage.find_damage`.
+        """
+        if damage := find_damage(self.folder / str(step), together=together):
+            others = [other for other in self.steps() if other != step]
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.folder} is damaged, {damage}: give the command that trained "
+                f"it again, which sets it aside and goes on from the one before (others there: {others or 'none'})"
+            )
 
     def best(self) -> int | None:
         """Waits likewise, and returns the best step that is kept, or None if no save has the metric."""
@@ -155,6 +204,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             preservation_policy=_Keep(self._keep_last, self._keep_best, self._quality),
             best_fn=self._quality if self._best_metric else None,  # metrics are written where it is given
+            # Called on the first process, when the files are written and the save has not got its name yet.
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: seal(self._under_way)),
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -162,12 +213,31 @@ class Checkpoints:
     def _reader(self):
         return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
+    @contextlib.contextmanager
+    def _plainly(self):
+        """Raises what the disk refuses as the OSError that it is: Orbax and TensorStore have words of their own."""
+        try:
+            yield
+        except Exception as error:
+            if (refusal := find_refusal(error)) is None:
+                raise
+            where = refusal.path or os.fspath(self.folder)
+            raise OSError(refusal.number, os.strerror(refusal.number), where) from error
+
     def _quality(self, metrics):
         """Returns a number that is larger for better metrics; NaN and none at all are worst."""
         value = (metrics or {}).get(self._best_metric, math.nan)
         if math.isnan(value):
             return -math.inf
         return value if self._best_mode == "max" else -value
+
+
+def _is_news(record):
+    """Tells whether Orbax's log says what is not raised, and told, anyway: tracebacks of a disk that refuses are."""
+    return not (record.exc_info and find_refusal(record.exc_info[1]))
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 @dataclasses.dataclass(frozen=True)

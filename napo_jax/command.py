@@ -10,6 +10,8 @@ import sys
 
 import tyro
 
+from napo_jax.storage import find_refusal, refusal_of
+
 # What a user can mend. Of what the system says of a file, that which another path or another permission would change.
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -44,17 +46,23 @@ def _without_box(text):
 def exit_with_one_line(main):
     """Runs a command; what is wrong with its usage, config or data becomes one line and exit status 2.
 
+    So does a path that may not be written. A disk that is full is one line too, and exit status 1: with more room the
+    same command may be given again, by a person or by what starts failed runs anew.
+
     If whoever reads the output has gone, as `head` does, it ends without a word, and with the status of such an end.
     """
     end = None
     try:
         try:
             main()
-        except USER_ERRORS as error:
-            print(one_line(error), file=sys.stderr)
-            end = SystemExit(2)
         except SystemExit as asked:  # by --help, or by a run that was told to stop
             end = asked
+        except Exception as error:
+            if (said := verdict(error)) is None:
+                raise
+            line, status = said
+            print(line, file=sys.stderr)
+            end = SystemExit(status)
         sys.stdout.flush()  # here, and not when the interpreter ends and can only complain
     except BrokenPipeError:
         if not _reader_has_gone():
@@ -64,6 +72,15 @@ def exit_with_one_line(main):
         end = SystemExit(128 + signal.SIGPIPE)
     if end is not None:
         raise end
+
+
+def verdict(error) -> tuple[str, int] | None:
+    """Returns the line and the exit status that an error ends a command with; None for a fault of the program."""
+    mended = isinstance(error, USER_ERRORS)
+    # What says itself what to do is not looked behind.
+    if (refusal := refusal_of(error) if mended else find_refusal(error)) is not None:
+        return one_line(refusal), 1 if refusal.full else 2
+    return (one_line(error), 2) if mended else None
 
 
 def _reader_has_gone():
@@ -78,7 +95,7 @@ def _reader_has_gone():
 
 
 def one_line(error) -> str:
-    """Returns what to print of one of USER_ERRORS."""
+    """Returns what to print of an error."""
     # Names of files and columns may hold anything.
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
     return f"error: {''.join(escaped)}"

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import math
+import os
 import sys
 
 import jax
 
+from napo_jax.command import verdict
 from napo_jax.metrics import Late, MetricsWriter, Pace, progress_line, to_tensorboard, to_wandb
 
 TERMINATED = 143  # what a shell reports of a program that SIGTERM ended
@@ -23,12 +25,22 @@ class StoppedError(Exception):
 
 @contextlib.contextmanager
 def exit_when_stopped():
-    """Makes a StoppedError the end of a command: its reason on one line, and its exit status."""
+    """Makes a StoppedError the end of a command: its reason on one line, and its exit status.
+
+    All processes stop together. What a person can mend ends one of several at once, with a line of its own.
+    """
     try:
         yield
     except StoppedError as reason:
         print(reason, file=sys.stderr)
         raise SystemExit(reason.status) from None
+    except Exception as error:
+        if jax.process_count() == 1 or (said := verdict(error)) is None:
+            raise
+        line, status = said
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(status)  # JAX would have it wait for the others, which wait for it
 
 
 def raise_if_asked(stop, kept):
@@ -49,7 +61,9 @@ class Journal:
       last: {name: float}, the metrics of the latest step that was taken in.
     """
 
-    def __init__(self, train, workdir, start, steps, console, *, examples, records_of, last_good, settings, peak=None):
+    def __init__(
+        self, train, workdir, start, steps, console, own_time, *, examples, records_of, last_good, settings, peak=None
+    ):
         """Opens the files of a run that goes on from a step.
 
         Args:
@@ -58,6 +72,7 @@ class Journal:
           start: int, steps done.
           steps: int, steps in all.
           console: `Console`.
+          own_time: the `OwnTime` that counts the steps.
           examples: groups a step, over all devices.
           records_of: step -> list of the record numbers of its batch.
           last_good: () -> the step of the latest checkpoint, or None.
@@ -67,7 +82,7 @@ class Journal:
         self.last = {}
         self._workdir, self._steps, self._every, self._console = workdir, steps, train.log_every, console
         self._examples, self._records_of, self._last_good = examples, records_of, last_good
-        self._late, self._pace, self._work = Late(), Pace(peak=peak), {}
+        self._late, self._pace, self._work, self._own_time = Late(), Pace(peak=peak), {}, own_time
         also = [to_tensorboard(workdir / "tensorboard")] if train.tensorboard else []
         also += [to_wandb(workdir, settings, train.wandb)] if train.wandb else []
         named = lambda write: lambda step, metrics: write(step, {f"held_out/{k}": v for k, v in metrics.items()})
@@ -78,11 +93,16 @@ class Journal:
     def step(self, number, metrics, *, tokens, flops):
         """Takes a step that is on its way, {name: array[]}, and writes the one before."""
         self._work[number] = {"tokens": tokens, "flops": flops}
-        self._take(self._late.push(number, metrics))
+        self._own_time.step()
+        with self._own_time.shared():
+            done = self._late.push(number, metrics)
+        self._take(done)
 
     def flush(self):
         """Waits for the latest step and writes it; raises StoppedError if its loss is no number."""
-        self._take(self._late.flush())
+        with self._own_time.shared():
+            done = self._late.flush()
+        self._take(done)
         self._writer.flush()
         self._evaluations.flush()
 

@@ -16,6 +16,8 @@ import uuid
 import jax
 from etils import epath
 
+from napo_jax.storage import naming
+
 _PUT_EVERY = 60  # seconds between two uploads of metrics.jsonl, where files cannot be appended to
 
 # The name of a device -> the most bfloat16 operations it does in a second, dense.
@@ -97,8 +99,9 @@ class MetricsWriter:
         values = {name: None if name in odd else value for name, value in metrics.items()}
         line = json.dumps({"step": step} | values | ({"not_finite": odd} if odd else {}), allow_nan=False) + "\n"
         if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
+            with naming(self._path):
+                self._file.write(line)
+                self._file.flush()
         else:
             self._lines.append(line)
             if self._clock() - self._put >= _PUT_EVERY:

@@ -214,6 +214,7 @@ def load_leaves(source: Source, model: Llava, mesh, dtypes=None):
 def load_trained(run: Run, mesh):
     """Yields (path, leaf) of what a run has trained, each to its place on the mesh; one by one, as they may be wide."""
     checkpoints = _checkpoints(run.workdir)
+    checkpoints.check(run.step, together=mesh.is_multi_process)
     saved = checkpoints.shapes(run.step, "params")
     shardings, _ = shard_params(saved, mesh)
     for path, leaf in saved.items():

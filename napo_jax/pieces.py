@@ -16,6 +16,7 @@ from etils import epath
 
 from napo_jax.data.store import is_local
 from napo_jax.evals.answers import NUMBER, misfit, parse_json
+from napo_jax.storage import naming
 
 BOOKS = ".books"  # the end of the name of a folder with a manifest and pieces, beside what they are for
 _MANIFEST, _PIECES = "manifest.json", "pieces"
@@ -181,7 +182,7 @@ def write_durably(file, content):
         return
     aside = epath.Path(f"{os.fspath(file)}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(aside, "wb") as f:
+        with naming(file), open(aside, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())

@@ -28,6 +28,7 @@ from napo_jax.models import Llava
 from napo_jax.models.llava import without_missing_adapters
 from napo_jax.models.lora import LoraConfig, is_adapter
 from napo_jax.optim import learning_rates, make_optimizer, unflatten
+from napo_jax.own_time import OwnTime
 from napo_jax.preemption import StopSignal
 from napo_jax.processes import together
 from napo_jax.programs import Programs
@@ -36,6 +37,7 @@ from napo_jax.report import write_report
 from napo_jax.sharding import ROWS, make_mesh, over_rows
 from napo_jax.start import first_state, load_parts, make_model
 from napo_jax.step import Frozen, make_train_step
+from napo_jax.storage import check_writable
 from napo_jax.versions import versions
 
 
@@ -68,6 +70,8 @@ def train(config: Config, workdir, console=None):
 
 def _train(config, workdir, console, programs):
     # What can be wrong is looked for before what takes long: files, then devices, then all rows.
+    for folder in (workdir, workdir / "checkpoints"):
+        check_writable(folder)
     begun = _begun(workdir)
     source = find_model(config.model, config.train.seed, begun.get("source_step"))
     if any(run.workdir == workdir for run in source.runs):
@@ -98,7 +102,7 @@ def _train(config, workdir, console, programs):
     best = {"best_metric": config.train.best_metric, "best_mode": _better(config.train.best_metric)}
     keep = {"keep_last": config.train.keep, "keep_best": config.train.keep_best}
     checkpoints = Checkpoints(workdir / "checkpoints", **keep, **(best if config.train.keep_best else {}))
-    latest = checkpoints.latest()
+    latest = checkpoints.recover(console.note)
     if latest is not None and latest >= steps:
         console.note(f"{steps} steps are done: nothing to do")
         _write_page(workdir, console)  # a run that was killed as it ended has none
@@ -154,12 +158,14 @@ def _train(config, workdir, console, programs):
             )
     frozen = Frozen(frozen, live)
     records = dataset.table.records
+    own_time = OwnTime()
     journal = Journal(
         config.train,
         workdir,
         start,
         steps,
         console,
+        own_time,
         examples=config.data.batch_size,
         records_of=lambda number: records[loader.order[number - 1][1]].tolist(),
         last_good=checkpoints.latest,
@@ -169,7 +175,8 @@ def _train(config, workdir, console, programs):
 
     def evaluate(number):
         journal.flush()
-        measured = held_out(unflatten(state.params, frozen.params))
+        with own_time.shared():
+            measured = held_out(unflatten(state.params, frozen.params))
         journal.evaluation(number, measured)
         journal.interrupted()
         return measured
@@ -177,9 +184,13 @@ def _train(config, workdir, console, programs):
     def save(number, measured):
         journal.flush()  # what is not known to be good is not saved
         extra = {"data": {"step": number, "data": loader.fingerprint}, "config": settings}
-        checkpoints.save(number, state, extra, measured)
+        with own_time.shared():
+            checkpoints.save(number, state, extra, measured)
+        if slow := own_time.compare():
+            console.note(slow)
         journal.interrupted()
 
+    left = False
     try:
         with StopSignal() as stop, jax.set_mesh(mesh):
             if held_out and start == 0:
@@ -189,10 +200,11 @@ def _train(config, workdir, console, programs):
                 if batch.bucket not in seen:  # it is compiled now
                     journal.interrupted()
                     seen.add(batch.bucket)
-                state, metrics = step_of(state, frozen, batch)
-                if number == start + 1:
-                    jax.block_until_ready(metrics)
-                    console.note(f"begun    step {number} is done {programs}")
+                with own_time.shared():
+                    state, metrics = step_of(state, frozen, batch)
+                    if number == start + 1:
+                        jax.block_until_ready(metrics)
+                        console.note(f"begun    step {number} is done {programs}")
                 tokens = batch.bucket.tokens * config.data.batch_size
                 journal.step(number, metrics, tokens=tokens, flops=flops(batch.bucket))
                 last, asked = number == steps, stop.asked(number)
@@ -205,11 +217,17 @@ def _train(config, workdir, console, programs):
                     raise StoppedError(
                         f"asked to stop: saved step {number}; the same command goes on from there", TERMINATED
                     )
+    except Exception as error:
+        # Who fails alone ends at once: to close the checkpoints is to wait for the others, which wait for this one.
+        left = jax.process_count() > 1 and not isinstance(error, StoppedError)
+        raise
     finally:
         try:
-            journal.close()
+            if not left:
+                journal.close()
         finally:
-            checkpoints.close()
+            if not left:
+                checkpoints.close()
             _write_page(workdir, console)
     return journal.last
 

@@ -1,0 +1,410 @@
+"""Runs of several real processes, one of which is harmed at a chosen moment.
+
+As a program this is a nursery: a process that has imported all that training needs and has touched no device yet. It
+forks the processes of one run after the other, so that none of them spends its time on imports; each is then a process
+like any other, that joins the others by address and number. Harm is done from outside the package, by replacing what
+a process is about to call.
+"""
+
+import ctypes
+import faulthandler
+import functools
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+HEARTBEAT = 10  # seconds; JAX's own choice is 100, which would make each drill take that long
+QUICK = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+LATE = 150  # seconds that a run may take before it is ended, and the drill has failed
+BALLAST = "ballast"  # the file that fills a disk
+
+
+class Outcome(NamedTuple):
+    """What became of the processes of a run, in their order."""
+
+    statuses: list[int]  # as `subprocess` counts: negative for a signal
+    seconds: list[float]  # from the start of the run to each one's end
+    late: bool  # whether they were ended because they did not end
+    out: list[str]
+    err: list[str]
+    seen: list[dict]  # what each one counted and measured
+
+    @property
+    def behind(self) -> float:
+        """The seconds between the first end and the last."""
+        return max(self.seconds) - min(self.seconds)
+
+
+class Nursery:
+    """Starts runs of several processes."""
+
+    def __init__(self, folder):
+        """Takes a folder for what the processes print; the program is started here."""
+        self._folder, self._runs = Path(folder), 0
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"}
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(self._folder / "programs")}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        with (self._folder / "nursery").open("w") as errors:
+            self._program = subprocess.Popen([sys.executable, __file__], env=environment, stderr=errors, **pipes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        """Ends the program and whatever of its processes is left."""
+        os.killpg(self._program.pid, signal.SIGKILL)
+        self._program.wait()
+        self._program.stdin.close()
+        self._program.stdout.close()
+
+    def run(self, arguments, *, command="train", count=4, harm=None, who=None, late=LATE, **options) -> Outcome:
+        """Runs a command in so many processes, and waits for their end.
+
+        Args:
+          arguments: of the command.
+          command: the name of its module.
+          count: of processes, one device each.
+          harm: the name of a function out of HARMS, None for a healthy run.
+          who: the number of the process that is harmed; None for all.
+          late: seconds after which all are ended.
+          options: of the harm.
+        """
+        self._runs += 1
+        files = [str(self._folder / f"run{self._runs}.{i}") for i in range(count)]
+        environment = {}
+        if count > 1:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                address = f"localhost:{free.getsockname()[1]}"
+            environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+            arguments = [*arguments, "--distributed"]
+        order = {"arguments": list(map(str, arguments)), "environment": environment, "files": files, "late": late}
+        order |= {"command": command, "harm": harm, "who": who, "options": options}
+        self._program.stdin.write(json.dumps(order) + "\n")
+        self._program.stdin.flush()
+        ready, _, _ = select.select([self._program.stdout], [], [], late + 60)
+        answer = self._program.stdout.readline() if ready else ""
+        assert answer, (self._folder / "nursery").read_text()[-3000:]
+        read = lambda file: Path(file).read_text() if os.path.exists(file) else ""
+        out, err = ([read(f"{file}.{kind}") for file in files] for kind in ("out", "err"))
+        seen = [json.loads(read(f"{file}.json") or "{}") for file in files]
+        return Outcome(**json.loads(answer), out=out, err=err, seen=seen)
+
+
+def flags(**options) -> list[str]:
+    """Returns options as the words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+# What a process counts and measures. It is written down when it ends by itself.
+SEEN = {"rows": {}, "written": [], "memory": {}}
+
+
+def die():
+    """Ends this process as a machine that is switched off does: it says nothing and tidies nothing."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, name, act):
+    """Has something done each time before a function is called."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def replaced(*args, **kwargs):
+        act(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, replaced)
+
+
+def once(act, at=1):
+    """Returns a function that acts the n-th time that it is called."""
+    calls = []
+
+    def count(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == at:
+            act()
+
+    return count
+
+
+def in_the_first_compilation():
+    """Dies while the step is traced."""
+    from napo_jax import train
+
+    train.make_train_step = lambda *args, **kwargs: lambda state, frozen, batch: die()
+
+
+def in_a_step(at):
+    """Dies when so many steps are on their way."""
+    from napo_jax.journal import Journal
+
+    before(Journal, "step", once(die, at))
+
+
+def in_a_save(at):
+    """Dies in the n-th save, when this process has written its part and the save is not whole."""
+    from napo_jax import checksums
+
+    before(checksums, "_sum_own", once(die, at))
+
+
+def in_a_restore():
+    """Dies when the state is about to be read."""
+    from napo_jax.checkpoint import Checkpoints
+
+    before(Checkpoints, "restore", once(die))
+
+
+def between_answers(at):
+    """Dies when it has written so many pieces of what it said."""
+    from napo_jax.pieces import Pieces
+
+    before(Pieces, "flush", once(die, at + 1))
+
+
+def slow(seconds):
+    """Sleeps in each step."""
+    from napo_jax.journal import Journal
+
+    before(Journal, "step", lambda *args, **kwargs: time.sleep(seconds))
+
+
+def disk_fills_up(disk):
+    """Fills the disk in the first step; where none of its own could be mounted, files may not grow any more."""
+    from napo_jax.journal import Journal
+
+    def fill():
+        if disk is None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return
+        import jax
+
+        if jax.process_index() == 0:
+            fill_up(disk)
+
+    before(Journal, "step", once(fill))
+
+
+def fill_up(disk):
+    """Writes a file that leaves no room."""
+    with open(Path(disk) / BALLAST, "wb", buffering=0) as f:
+        for size in (1 << 20, 1 << 12):
+            try:
+                while f.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                pass
+
+
+def permission_goes(folder):
+    """Takes away the permission to write into a folder in the first step."""
+    from napo_jax.journal import Journal
+
+    obey_permissions()
+    before(Journal, "step", once(lambda: os.chmod(folder, 0o555)))
+
+
+def obey_permissions():
+    """Makes permissions hold for this process even if it is root's: the capabilities to go past them are given up."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    capabilities = (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capget(header, capabilities):
+        raise OSError(ctypes.get_errno(), "capget")
+    past_permissions = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    for i in range(3):  # effective, permitted, inheritable
+        capabilities[i] &= ~past_permissions
+    if libc.capset(header, capabilities):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def wide_model():
+    """Makes the tiny model one of 50 MB, and notes how far each part of a run raises the memory of this process."""
+    import dataclasses
+
+    from napo_jax import model_source, train
+    from napo_jax.checkpoint import Checkpoints
+
+    shape = model_source.random_shape
+
+    def wider(size):
+        text = dataclasses.replace(shape(size).text, width=512, mlp_width=1536, layers=4, heads=8, kv_heads=8)
+        return dataclasses.replace(shape(size), text=text)
+
+    model_source.random_shape = wider
+
+    def measured(name, function):
+        @functools.wraps(function)
+        def replaced(*args, **kwargs):
+            resident = forget_peak()
+            result = function(*args, **kwargs)
+            SEEN["memory"][name] = max(SEEN["memory"].get(name, 0), memory("VmHWM") - resident)
+            return result
+
+        return replaced
+
+    save, restore = Checkpoints.save, Checkpoints.restore
+
+    def save_whole(self, *args):
+        save(self, *args)
+        self.wait()
+
+    Checkpoints.save, Checkpoints.restore = measured("save", save_whole), measured("restore", restore)
+    train.train = measured("run", train.train)
+
+
+def forget_peak() -> int:
+    """Sets the peak of this process's memory to what it has now, and returns that."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(field) -> int:
+    """Returns a field of /proc/self/status in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def watch():
+    """Notes which records are read for which step, and the files of the workdir that are opened to write."""
+    from napo_jax.data.loader import _Steps
+
+    read = _Steps.__getitem__
+
+    def counted(self, i):
+        element = read(self, i)
+        # By the last who reads them: what computes the reference reads all rows before.
+        SEEN["rows"][str(self.start + i + 1)] = element["arrays"]["ids"].tolist()
+        return element
+
+    _Steps.__getitem__ = counted
+
+    def opened(event, arguments):
+        if event == "open" and not isinstance(arguments[0], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            _, inside, place = os.fsdecode(arguments[0]).partition("/straight/")
+            SEEN["written"] += [place] if inside else []
+
+    sys.addaudithook(opened)
+
+
+HARMS = {
+    function.__name__: function
+    for function in (
+        in_the_first_compilation,
+        in_a_step,
+        in_a_save,
+        in_a_restore,
+        between_answers,
+        slow,
+        disk_fills_up,
+        permission_goes,
+        obey_permissions,
+        wide_model,
+        watch,
+    )
+}
+
+
+def keep_programs():
+    """Lets every process keep what it compiles, and not the first alone: it compiles the same in every run."""
+    from jax._src import compiler, distributed
+
+    write, state = compiler._cache_write, distributed.global_state
+
+    def write_as_the_first(*args, **kwargs):
+        own, state.process_id = state.process_id, 0
+        try:
+            write(*args, **kwargs)
+        finally:
+            state.process_id = own
+
+    compiler._cache_write = write_as_the_first
+
+
+def be_one(order, index):
+    """Is one of the processes of a run; returns its exit status."""
+    file = order["files"][index]
+    for stream, kind in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(f"{file}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream.fileno())
+    os.environ |= order["environment"] | {"JAX_PROCESS_ID": str(index)}
+    if not order["environment"]:
+        del os.environ["JAX_PROCESS_ID"]
+
+    faulthandler.register(signal.SIGUSR1)  # so that who does not end says where it is
+    import jax
+
+    from napo_jax.command import exit_with_one_line
+
+    jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=HEARTBEAT)
+    keep_programs()
+    try:
+        if order["harm"] and order["who"] in (None, index):
+            HARMS[order["harm"]](**order["options"])
+        command = importlib.import_module(f"napo_jax.{order['command']}")
+        exit_with_one_line(lambda: command.main(order["arguments"]))
+    except SystemExit as end:
+        return end.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        Path(f"{file}.json").write_text(json.dumps(SEEN))
+    return 0
+
+
+def raise_children(order):
+    """Forks the processes of a run and waits for them; returns in each of them, with None for the nursery itself."""
+    began, ends, children = time.monotonic(), {}, []
+    for index in range(len(order["files"])):
+        if not (child := os.fork()):
+            return be_one(order, index)
+        children.append(child)
+    late = False
+    while len(ends) < len(children):
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            ends[child] = os.waitstatus_to_exitcode(status), time.monotonic() - began
+            continue
+        if not late and time.monotonic() - began > order["late"]:
+            late = True
+            for how in (signal.SIGUSR1, signal.SIGKILL):
+                for child in set(children) - set(ends):
+                    os.kill(child, how)
+                time.sleep(1)
+        time.sleep(0.02)
+    statuses, seconds = zip(*(ends[child] for child in children), strict=True)
+    print(json.dumps({"statuses": statuses, "seconds": seconds, "late": late}), flush=True)
+    return None
+
+
+def main():
+    """Is the nursery: a line on the standard input for each run, and one on the standard output when it is over."""
+    import orbax.checkpoint  # noqa: F401
+    import transformers  # noqa: F401
+
+    import napo_jax.build_bias
+    import napo_jax.evaluate
+    import napo_jax.train  # noqa: F401
+
+    while line := os.read(
+        0, 1 << 20
+    ):  # a pipe gives what was written at once; nothing is buffered that a child has too
+        if (status := raise_children(json.loads(line))) is not None:
+            sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
