@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from napo_jax.world.configs import cure
 
 FILE = "examples/demo.ipynb"
-FEW = {"PAIRS": 24, "STEPS": 2, "BATCH": 8, "HELD_OUT": 4, "BUCKETS": 1, "QUESTIONS": 6, "SHOWN": 2}
+FEW = {"PAIRS": 40, "STEPS": 2, "BATCH": 8, "HELD_OUT": 4, "BUCKETS": 1, "QUESTIONS": 6, "SHOWN": 2}
 
 
 @pytest.fixture(scope="module")
