@@ -293,8 +293,8 @@ pack() {
 
 # Starts the run on all workers, with the tree as it is now.
 start() {
-    local unpack="mkdir -p ~/$folder/new && tar -xzf ~/$folder.tgz -C ~/$folder/new && rm -rf ~/$folder/tree"
-    unpack+=" && mv ~/$folder/new ~/$folder/tree && $(worker install "$extras")"
+    local unpack="cd && rm -rf $folder/new && mkdir -p $folder/new && tar -xzf $folder.tgz -C $folder/new"
+    unpack+=" && rm -rf $folder/tree && mv $folder/new $folder/tree && $(worker install "$extras")"
     local halt
     halt="if test -e ~/$folder/tree; then $(worker stop "$grace"); fi"
     # What may still run of the time before would hold the TPU.

@@ -80,6 +80,8 @@ def join(place: Place, seconds: float):
     what = f"process {place.process} of {place.processes} did not join the others within {seconds:.0f} s"
     if place.process > 0 and (reason := _unreachable(place.coordinator, until)):
         raise NotJoinedError(f"{what}: no answer from {place.coordinator}, where process 0 listens ({reason})")
+    if place.process == 0 and (reason := _taken(place.coordinator, until)):
+        raise NotJoinedError(f"process 0 of {place.processes} cannot listen at {place.coordinator}: {reason}")
     missing = NotJoinedError(f"{what}: not all of them came to {place.coordinator}")
     with _ends_after(until - time.monotonic(), missing):
         try:
@@ -93,7 +95,7 @@ def join(place: Place, seconds: float):
             )
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            raise NotJoinedError(f"process {place.process} cannot use {place.coordinator}: {reason}") from error
+            raise NotJoinedError(f"{what}: {reason}, at {place.coordinator}") from error
 
 
 @contextlib.contextmanager
@@ -112,6 +114,24 @@ def _ends_after(seconds, error):
         yield
     finally:
         timer.cancel()
+
+
+def _taken(address, until):
+    """Waits until this process can listen at a port; returns None, or after that time why it cannot.
+
+    The port may still be that of a process which is about to end. And JAX, where it cannot listen, may crash.
+    """
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    while "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:  # which would be another address
+        try:
+            socket.create_server(("", int(address.rpartition(":")[2])), family=family, dualstack_ipv6=both).close()
+            return None
+        except OSError as error:
+            if time.monotonic() >= until:
+                return os.strerror(error.errno)
+        time.sleep(min(1, max(0, until - time.monotonic())))
+    return None
 
 
 def _unreachable(address, until):

@@ -107,6 +107,16 @@ def test_every_flag_is_in_the_usage():
         assert all(re.search(rf"{flag}\b", usage) for flag in flags), (script, flags)
 
 
+def test_the_commands_of_the_page_are_ones_that_the_scripts_take(tmp_path):
+    page = re.sub(r"\\\n\s*", "", (LAUNCH / "README.md").read_text())
+    commands = re.findall(r"(launch/[\w/]+\.(?:sh|sbatch) [^`|\n]*(?: -- |--delete)[^`|\n]*)", page)
+    assert {shlex.split(command)[0] for command in commands} == {f"launch/{name}" for name in ENOUGH}
+    for command in commands:
+        script, *words = shlex.split(command)
+        done = run(script.removeprefix("launch/"), "--dry-run", *words, folder=tmp_path)
+        assert done.returncode == 0, (command, done.stderr)
+
+
 def test_nothing_names_a_project_a_bucket_or_a_registry():
     for file in (*SCRIPTS, *LAUNCH.glob("gke/*.yaml"), LAUNCH / "Dockerfile"):
         text = file.read_text()

@@ -132,7 +132,7 @@ def test_whoever_does_not_find_the_others_says_where_it_looked_and_may_be_starte
         ends = {
             "nobody listens": (join(nobody, "2", "1"), nobody, "no answer from"),
             "nobody comes": (join(alone, "2", "0"), alone, "not all of them came"),
-            "the port is taken": (join(busy, "2", "0"), busy, "cannot use"),
+            "the port is taken": (join(busy, "2", "0"), busy, "cannot listen at"),
             "no such host": (join("nowhere.invalid:1234", "2", "1"), "nowhere.invalid:1234", "no answer from"),
         }
         for what, (process, address, says) in ends.items():
