@@ -3,7 +3,6 @@
 The same command, given again, goes on from the last checkpoint of its workdir.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -46,7 +45,7 @@ class Options:
     # Where the run is kept: config.json, metrics.jsonl, held_out.jsonl, checkpoints/ and report.html. Local or gs://.
     # None: runs/ and the name of the config file.
     workdir: str | None = None
-    # Whether this is one of several processes that train together, one for each host of a pod.
+    # Whether it is an error to be alone. Either way it finds out where it runs, and with which others.
     distributed: bool = False
 
 
@@ -328,7 +327,7 @@ def main(argv=None):
     """Runs the command."""
     config, options = parse(Options, argv, description=__doc__)
     workdir = options.workdir or f"runs/{config_name(argv)}"
-    with together() if options.distributed else contextlib.nullcontext(), exit_when_stopped():
+    with together(insist=options.distributed, say=functools.partial(print, flush=True)), exit_when_stopped():
         train(config, workdir)
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that tests start: libtpu, where installed, finds no TPU
 
+# The CPU's emitters of fused loops take most of the time that a model's gradients take to compile, and tests run what
+# they compile for milliseconds. Those of the last digits (`test_napo_numerics.py`) switch them on again.
+os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+
 import jax
 
 # What one test compiles, others of its process need not; and the processes that they start need it neither.

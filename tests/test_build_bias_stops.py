@@ -11,6 +11,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from quick import QUICK_FLAGS
 from speaking_model import write_speaking_model
 from test_build_bias import row
 
@@ -37,7 +38,7 @@ def start(folder, name, processes=1, devices=1, **options):
     command = [sys.executable, "-m", "napo_jax.build_bias", "--config", "configs/debug.py", *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment["XLA_FLAGS"] = f"{QUICK_FLAGS} --xla_force_host_platform_device_count={devices}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     if processes == 1:
         return [subprocess.Popen(command, env=environment, **pipes)]

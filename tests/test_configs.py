@@ -32,6 +32,7 @@ TRAINED = {
     # The decoder's adapters, and a row of a head with its bias.
     "reward7b": 32 * 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) + 4096 + 1,
     "mrpo7b": 32 * 64 * 2 * (4096 + 4096),
+    "povid7b": 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008)),
     "rdpo7b": 32 * 128 * 4 * (4096 + 4096),
 }
 

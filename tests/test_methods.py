@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import naive
 import numpy as np
 import pyarrow as pa
@@ -23,8 +24,9 @@ from napo_jax.models import Llava
 from napo_jax.objective import DetailedLogps, Edited, Logps
 from napo_jax.optim import OptimizerConfig, make_optimizer, split_trained, unflatten
 from napo_jax.score import score
-from napo_jax.sharding import MeshConfig, make_mesh
-from napo_jax.step import Frozen, init_state, make_train_step
+from napo_jax.sharding import MeshConfig, make_mesh, replicated
+from napo_jax.start import first_state
+from napo_jax.step import Frozen, make_train_step
 from napo_jax.world.configs import cure
 from napo_jax.world.records import write_pairs
 
@@ -197,7 +199,7 @@ def test_the_page_tells_what_each_costs():
 
 def test_a_sum_of_methods_costs_the_union_of_its_cells(world):
     """In the arithmetic that the compiler counts: terms that share cells are free, but for a few numbers a group."""
-    data, tokenizer, shape, (trained, frozen) = world
+    data, tokenizer, shape, _, (trained, frozen) = world
     both = Objective((*methods.napo(weight=1.0).terms, *methods.mfpo().terms[1:]))
     union = Objective(tuple(Term(f"t{i}", sft_loss, cell) for i, cell in enumerate(both.cells)))
     assert (union.cells, union.cell_image) == (both.cells, both.cell_image)
@@ -245,28 +247,30 @@ def world(tmp_path_factory):
         path=(str(folder / "all.parquet"),),
         cache=str(folder / "cache"),
         columns={"noisy_image": "noisy_image"},
-        batch_size=8,
+        batch_size=4,
         buckets=1,
         held_out=0,
     )
     source = find_model(config.model)
     shape = dataclasses.replace(source.shape, remat="none", freeze_vision=True)
-    leaves = load_leaves(source, Llava(shape), make_mesh(MeshConfig(), jax.devices()[:1]))
-    return data, source.tokenizer, shape, split_trained(leaves, OptimizerConfig())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    leaves = load_leaves(source, Llava(shape), mesh)
+    return data, source.tokenizer, shape, mesh, split_trained(leaves, OptimizerConfig())
 
 
 @each_method
 def test_it_learns_what_it_prefers(name, world):
-    """Twenty steps on eight pairs of the small world: the margin of every preference rises."""
+    """Twenty steps on four pairs of the small world: the margin of every preference rises."""
     objective, _ = METHODS[name]
-    data, tokenizer, shape, (trained, frozen) = world
+    data, tokenizer, shape, mesh, (trained, frozen) = world
     if objective.needs_rewards:
-        trained = trained | {"reward/kernel": np.zeros((shape.text.width, 1)), "reward/bias": np.zeros(1)}
-        trained = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, np.float32), trained)
+        head = {"reward/kernel": jnp.zeros((shape.text.width, 1)), "reward/bias": jnp.zeros(1)}
+        trained = trained | jax.device_put(head, replicated(mesh))
     dataset = open_dataset(data, objective, tokenizer, shape)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-4, schedule="constant", warmup=0.0), 20)
     step = quick_jit(make_train_step(Llava(shape), objective, optimizer))
-    state = init_state(trained, optimizer)
+    begin, _ = first_state(trained, optimizer, mesh)  # in its places, so that the step is compiled once
+    state = begin(jax.tree.map(jnp.copy, trained))
     reference = Frozen(frozen, trained if objective.reference_cells else None)
     margins = []
     with jax.numpy_dtype_promotion("standard"):

@@ -117,9 +117,12 @@ def test_the_gradient_is_that_of_the_objective(batch, alone):
 def test_at_step_0_rewards_are_0_and_losses_have_their_closed_form(batch, objective):
     """T4: DPO is ln 2 and a NaPO term (1 - 2^-q) / q, where the policy is the reference."""
     _, _, (metrics,) = run(objective, batch, reference=TRAINED)
+    # A processor may round the pass with derivatives and the one without in two ways: a log-prob of some -160 to 2e-5,
+    # of which a reward is a tenth.
+    rounding = 0.1 * float(np.spacing(np.float32(160)))
     for term in objective.terms:
-        assert metrics[f"{term.name}/chosen_reward"] == 0
-        assert metrics[f"{term.name}/rejected_reward"] == 0
+        assert abs(metrics[f"{term.name}/chosen_reward"]) <= rounding
+        assert abs(metrics[f"{term.name}/rejected_reward"]) <= rounding
         q = metrics[f"{term.name}/q"]
         want = (1 - 2**-q) / q if q else math.log(2)
         assert metrics[f"{term.name}/loss"] == pytest.approx(want, rel=1e-6)

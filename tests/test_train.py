@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from quick import QUICK_FLAGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from napo_jax import train
@@ -35,7 +36,7 @@ def command(folder, name, *more):
 def start_environment(folder):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiled fast and not to be fast
+    environment["XLA_FLAGS"] = QUICK_FLAGS
     return environment
 
 
