@@ -92,33 +92,7 @@ def over_edits(values, answer_lengths, edited):
 
 
 def _logits(hidden, head):
-    return _project(hidden, head.astype(hidden.dtype))
-
-
-@jax.custom_vjp
-def _project(hidden, head):
-    """Maps float[B, C, T, D] and float[D, V] to float32[B, C, T, V].
-
-    Left to itself, the derivative for the head comes as [V, D] and is turned over in every chunk.
-    """
-    return _product(hidden, head, (3,), (0,))
-
-
-def _project_and_keep(hidden, head):
-    return _project(hidden, head), (hidden, head)
-
-
-def _project_back(kept, slope):
-    hidden, head = kept
-    of_hidden = _product(slope, head, (3,), (1,)).astype(hidden.dtype)
-    return of_hidden, _product(hidden, slope, (0, 1, 2), (0, 1, 2)).astype(head.dtype)
-
-
-_project.defvjp(_project_and_keep, _project_back)
-
-
-def _product(one, other, axes, other_axes):
-    return jax.lax.dot_general(one, other, ((axes, other_axes), ((), ())), preferred_element_type=jnp.float32)
+    return jnp.einsum("bctd,dv->bctv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _by_chunk(function, chunk, *arrays):
