@@ -247,7 +247,7 @@ def world(tmp_path_factory):
         path=(str(folder / "all.parquet"),),
         cache=str(folder / "cache"),
         columns={"noisy_image": "noisy_image"},
-        batch_size=4,
+        batch_size=8,
         buckets=1,
         held_out=0,
     )
@@ -260,7 +260,7 @@ def world(tmp_path_factory):
 
 @each_method
 def test_it_learns_what_it_prefers(name, world):
-    """Twenty steps on four pairs of the small world: the margin of every preference rises."""
+    """Twenty steps on eight pairs of the small world: the margin of every preference rises."""
     objective, _ = METHODS[name]
     data, tokenizer, shape, mesh, (trained, frozen) = world
     if objective.needs_rewards:

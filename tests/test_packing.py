@@ -84,7 +84,9 @@ def test_packing_changes_no_logp_and_no_gradient(case):
     for (path, leaf), got in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(gradient), strict=True):
         name = jax.tree_util.keystr(path)
         assert np.any(leaf) != (idle in name), f"{name}: the comparison is empty"
-        assert np.max(np.abs(got - leaf)) <= 1e-4 * np.max(np.abs(leaf)), name
+        # What is added to all keys alike changes no attention: there the gradient is 0, and what is left is rounding.
+        rounding = 1e-5 if name.endswith("['key']['bias']") else 0.0
+        assert np.max(np.abs(got - leaf)) <= 1e-4 * np.max(np.abs(leaf)) + rounding, name
 
 
 @partial(quick_jit, static_argnums=1)

@@ -182,7 +182,7 @@ def test_a_config_is_read_and_overridden():
     ("argv", "message"),
     [
         ([], "say which config to use: --config"),
-        (["--config", "configs/debg.py"], r"no config file configs/debg.py; there are .*debug, dpo7b"),
+        (["--config", "configs/debg.py"], r"no config file configs/debg.py; there are .*debug, densedpo7b"),
         (["--config", "tests/quick.py"], "must define get_config"),
         (["--config", "configs/debug.py", "--data.batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--config", "configs/debug.py", "--data.workers", "-1"], "must not be negative"),
@@ -217,7 +217,7 @@ def test_a_bad_command_line_is_one_line_and_exit_2(argv, message, capsys):
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(identical='Drop'))", "keep, drop"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(long_answers='c'))", "cut, drop"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(image_rule='p'))", "pad, crop"),
-        ("from napo_jax.config import *; get_config = lambda: Config(ModelConfig(remat='all'))", "none, dots, full"),
+        ("from napo_jax.config import *; get_config = lambda: Config(ModelConfig(remat='all'))", "none, dots, mlp, full"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(batch_size=2.5))", "whole number"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(exif='no'))", "true or false"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(seed=2**32))", "below 2"),

@@ -85,7 +85,7 @@ def write_dino(folder):
     )
     model = transformers.GroundingDinoForObjectDetection(config).eval()
     model.save_pretrained(folder)
-    pixels = transformers.GroundingDinoImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 64})
+    pixels = transformers.GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
     transformers.GroundingDinoProcessor(image_processor=pixels, tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
