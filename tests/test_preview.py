@@ -217,7 +217,7 @@ def test_a_bad_command_line_is_one_line_and_exit_2(argv, message, capsys):
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(identical='Drop'))", "keep, drop"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(long_answers='c'))", "cut, drop"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(image_rule='p'))", "pad, crop"),
-        ("from napo_jax.config import *; get_config = lambda: Config(ModelConfig(remat='all'))", "none, dots, mlp, full"),
+        ("from napo_jax.config import *; get_config = lambda: Config(ModelConfig(remat='all'))", "dots, mlp, full"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(batch_size=2.5))", "whole number"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(exif='no'))", "true or false"),
         ("from napo_jax.config import *; get_config = lambda: Config(data=DataConfig(seed=2**32))", "below 2"),

@@ -193,7 +193,7 @@ def _with_features(metadata, fields, gone):
         features = {name: feature for name, feature in known["info"]["features"].items() if name not in gone}
         known["info"]["features"] = features | {field.name: _feature(field.type) for field in fields}
         metadata[b"huggingface"] = json.dumps(known).encode()
-    except (KeyError, ValueError, TypeError, AttributeError):  # there is nothing of the kind, or it is of another kind: leave it
+    except (KeyError, ValueError, TypeError, AttributeError):  # nothing of the kind, or of another kind: leave it
         pass
     return metadata or None
 
