@@ -14,6 +14,8 @@ from napo_jax.storage import find_refusal, refusal_of
 
 # What a user can mend. Of what the system says of a file, that which another path or another permission would change.
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+# Some come as a ValueError too, such as a collective whose other end has gone: nobody can mend that in the command.
+_OF_THE_RUNTIME = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
 
 def read_flags(kind, argv, **options):
@@ -76,7 +78,7 @@ def exit_with_one_line(main):
 
 def verdict(error) -> tuple[str, int] | None:
     """Returns the line and the exit status that an error ends a command with; None for a fault of the program."""
-    mended = isinstance(error, USER_ERRORS)
+    mended = isinstance(error, USER_ERRORS) and not _OF_THE_RUNTIME.match(str(error))
     # What says itself what to do is not looked behind.
     if (refusal := refusal_of(error) if mended else find_refusal(error)) is not None:
         return one_line(refusal), 1 if refusal.full else 2

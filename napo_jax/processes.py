@@ -14,7 +14,7 @@ import urllib.request
 
 import jax
 
-from napo_jax.command import USER_ERRORS, one_line
+from napo_jax.command import one_line, verdict
 from napo_jax.place import THREE, Place, find_place
 
 NOT_JOINED = 75  # os.EX_TEMPFAIL: nothing is wrong with the command, and it may be given again
@@ -59,11 +59,9 @@ def together(*, insist=True, say=None):
     except SystemExit:  # all of them end like this, in the same step
         raise
     except BaseException as error:
-        status = NOT_JOINED if isinstance(error, NotJoinedError) else 2 if isinstance(error, USER_ERRORS) else 1
-        if status == 1:
-            traceback.print_exc()
-        else:
-            print(one_line(error), file=sys.stderr)
+        said = (one_line(error), NOT_JOINED) if isinstance(error, NotJoinedError) else verdict(error)
+        line, status = said or (traceback.format_exc().rstrip(), 1)
+        print(line, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

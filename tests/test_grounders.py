@@ -251,7 +251,7 @@ def test_another_kind_of_detector_reads_the_same_question(tmp_path):
     boxes = Detector(folder, threshold=0.0).find(PICTURE, ["dog", "a red hat"])
     assert len(boxes) == 10, "one for each query"
     assert np.isfinite(boxes).all()
-    assert Detector(folder, threshold=0.999).find(PICTURE, ["dog"]) == []
+    assert Detector(folder, threshold=1.0).find(PICTURE, ["dog"]) == []
     model = transformers.GroundingDinoForObjectDetection.from_pretrained(folder).eval()
     inputs = transformers.AutoProcessor.from_pretrained(folder)(
         images=PICTURE, text="dog. a red hat.", return_tensors="pt"

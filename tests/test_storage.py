@@ -61,6 +61,12 @@ def test_what_a_disk_refuses_is_told_apart(error, refusal, status, capsys):
     assert ("make room, and give the same command again" if status == 1 else "let this user write there") in said
 
 
+def test_a_collective_whose_other_end_has_gone_is_no_fault_of_the_command():
+    """It comes as a ValueError, and what starts runs anew must not take it for a wrong command."""
+    assert verdict(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1")) is None
+    assert verdict(ValueError("UNKNOWN is no config"))[1] == 2
+
+
 def test_other_errors_are_what_they_were():
     assert find_refusal(ValueError("permission")) is None
     loop = ValueError("a")
