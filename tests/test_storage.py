@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from etils import epath
 
-from napo_jax.command import exit_with_one_line
+from napo_jax.command import exit_with_one_line, verdict
 from napo_jax.storage import Refusal, check_writable, find_refusal, naming
 
 
