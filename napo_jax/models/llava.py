@@ -14,7 +14,7 @@ from napo_jax.models.clip import ClipConfig, ClipTower
 from napo_jax.models.layout import Layout
 from napo_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
 from napo_jax.models.lora import LoraConfig, is_adapter
-from napo_jax.models.mixing import Prompts, Watched, WholeGroups
+from napo_jax.models.mixing import Prompts, WholeGroups
 from napo_jax.models.packing import take
 from napo_jax.objective import DetailedLogps
 from napo_jax.sharding import keep_rows
@@ -130,16 +130,6 @@ class _Network(nn.Module):
         mix = WholeGroups(prefix_lengths, answer_lengths, order, order.layout, self.config.attention)
         with jax.named_scope("language"):
             return self.language(embeddings, positions, mix)[0]
-
-    def watched(self, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, words):
-        """Returns where words of an answer look in its prefix, by layer: float32[L, B, K, P]."""
-        layout = Layout(prefix_ids.shape[2], answer_ids.shape[2], 1, (0,))
-        self._check_positions(layout.prefix_tokens + layout.answer_tokens)
-        prefix = self._embed_prefixes(images, prefix_ids, prefix_lengths)
-        embeddings = layout.join(prefix, self.language.embed(answer_ids))
-        mix = Watched(WholeGroups(prefix_lengths, answer_lengths, None, layout, self.config.attention), words)
-        with jax.named_scope("language"):
-            return self.language(embeddings, layout.positions(prefix_lengths), mix)[1]
 
     def prompts(self, images, ids, lengths):
         """Returns the logits behind each prompt, float32[B, V], and its keys and values, float[L, B, G, P, K]."""
@@ -336,27 +326,6 @@ class Llava:
         if images is not None:
             check_images(images, ids.shape[:1], self.config)
         return self._apply(params, images, ids, lengths, method="prompts")
-
-    def attention(self, params, groups, words):
-        """Computes where words of an answer look in its picture: the share of attention, averaged over heads.
-
-        Args:
-          params: the parameter tree.
-          groups: `Groups` of one prefix and one answer each.
-          words: float32[B, K, T], for each of K words its share in each answer token; each adds up to one.
-
-        Returns:
-          float32[L, B, K, N], by layer and image token; NaN for a prefix without a whole picture.
-        """
-        if (groups.prefix_ids.shape[1], groups.answer_ids.shape[1]) != (1, 1):
-            raise ValueError(f"one answer to one picture looks at it, got {groups.answer_ids.shape[1]} answers")
-        check_groups(groups, (0,), self.config)
-        looked = self._apply(params, *groups[:5], words, method="watched")
-        slots, count = groups.prefix_ids[:, 0] == IMAGE_SLOT, self.config.vision.image_tokens
-        places = jnp.argsort(~slots, axis=1, stable=True)[:, :count]
-        whole = jnp.sum(slots, axis=1) == count
-        found = jnp.take_along_axis(looked, places[None, :, None], axis=3)
-        return jnp.where(whole[None, :, None, None], found, jnp.nan)
 
     def next_token(self, params, ids, mix, kept):
         """Reads one token of each beam.

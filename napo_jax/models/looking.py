@@ -18,17 +18,18 @@ class Looking:
 
     prefix_lengths: jax.Array  # int32[B, M]
     answer_lengths: jax.Array  # int32[B, C]
+    words: jax.Array  # float32[B, C, K, T], for each of K words its share in each answer token
     layout: Layout = dataclasses.field(metadata={"static": True})
     backend: str = dataclasses.field(metadata={"static": True})
 
     def __call__(self, q, k, v, kept):
-        """Maps q float[B, S, H, K] and k, v float[B, S, G, K] to (float[B, S, H, K], float32[B, C, P])."""
+        """Maps q float[B, S, H, K] and k, v float[B, S, G, K] to (float[B, S, H, K], float32[B, C, words, P])."""
         del kept
         out = attend(q, k, v, self.layout, self.prefix_lengths, self.answer_lengths, self.backend)
         return out, self._attention(q, k)
 
     def _attention(self, q, k):
-        """Returns the attention to each token of the prefix, its mean over heads and over an answer's tokens."""
+        """Returns the attention of each word to each token of the prefix, its mean over heads."""
         layout = self.layout
         _, queries = layout.split(q)
         prefix, own = layout.split(k)
@@ -41,12 +42,10 @@ class Looking:
         on_own = jnp.where(causal[None, None, :, None, None], product(own), -jnp.inf)
         weights = jax.nn.softmax(jnp.concatenate([on_prefix, on_own], axis=-1), axis=-1)
         weights = weights[..., : layout.prefix_tokens].mean(axis=(3, 4))  # [B, C, T, P]
-        said = jnp.arange(layout.answer_tokens)[None, None] < self.answer_lengths[..., None]
-        total = jnp.where(said[..., None], weights, 0).sum(axis=2)
-        return total / jnp.maximum(self.answer_lengths, 1)[..., None].astype(jnp.float32)
+        return jnp.einsum("bcwt,bctp->bcwp", self.words, weights)
 
 
-def looks(model, params, groups, cell_image):
+def looks(model, params, groups, cell_image, words=None):
     """Computes where answers look.
 
     Args:
@@ -54,20 +53,26 @@ def looks(model, params, groups, cell_image):
       params: its parameters.
       groups: `Groups`; an answer's tokens are those whose attention counts, so that </s> is left out of its length.
       cell_image: for each of the C cells, the index of the prefix that it continues.
+      words: float32[B, C, K, T], for each of K words its share in each answer token, which add up to one; None: the
+        whole answer as one.
 
     Returns:
-      float32[L, B, C, P]: the attention of each layer to each token of the prefix, its mean over heads and over an
-      answer's tokens. What is missing to 1 went to the answer itself.
+      float32[L, B, C, K, P]: the attention of each layer to each token of the prefix, its mean over heads and over a
+      word's tokens; without `words` float32[L, B, C, P]. What is missing to 1 went to the answer itself.
     """
     check_groups(groups, cell_image, model.config)
-    return model._apply(params, *groups[:5], cell_image, method=_looks)
+    if words is not None:
+        return model._apply(params, *groups[:5], words, cell_image, method=_looks)
+    said = jnp.arange(groups.answer_ids.shape[2])[None, None] < groups.answer_lengths[..., None]
+    whole = said.astype(jnp.float32) / jnp.maximum(groups.answer_lengths, 1)[..., None].astype(jnp.float32)
+    return model._apply(params, *groups[:5], whole[:, :, None], cell_image, method=_looks)[:, :, :, 0]
 
 
-def _looks(network, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, cell_image):
+def _looks(network, images, prefix_ids, prefix_lengths, answer_ids, answer_lengths, words, cell_image):
     layout = Layout(prefix_ids.shape[2], answer_ids.shape[2], prefix_ids.shape[1], cell_image)
     network._check_positions(layout.prefix_tokens + layout.answer_tokens)
     prefix = network._embed_prefixes(images, prefix_ids, prefix_lengths)
     embeddings = layout.join(prefix, network.language.embed(answer_ids))
-    mix = Looking(prefix_lengths, answer_lengths, layout, network.config.attention)
+    mix = Looking(prefix_lengths, answer_lengths, words, layout, network.config.attention)
     with jax.named_scope("language"):
         return network.language(embeddings, layout.positions(prefix_lengths), mix)[1]

@@ -32,33 +32,6 @@ class WholeGroups:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Watched:
-    """One prefix and one answer as in `WholeGroups`; kept is where some words of the answer look in the prefix."""
-
-    whole: WholeGroups
-    words: jax.Array  # float32[B, K, T], for each of K words its share in each answer token; each adds up to one
-
-    def __call__(self, q, k, v, kept):
-        """Maps queries, keys and values to (float[B, S, H, K], float32[B, words, P]): the mean over heads."""
-        del kept
-        out, _ = self.whole(q, k, v, None)
-        layout, groups = self.whole.layout, k.shape[2]
-        split = lambda x: [part[:, 0] for part in layout.split(x)]  # of prefix and answer, [B, tokens, heads, width]
-        (_, queries), (on_prefix, on_answer) = split(q), split(k)
-        queries = queries.reshape(*queries.shape[:2], groups, -1, queries.shape[-1]).astype(jnp.float32)
-        scores = [
-            jnp.einsum("btgrk,bsgk->bgrts", queries, keys.astype(jnp.float32)) * queries.shape[-1] ** -0.5
-            for keys in (on_prefix, on_answer)
-        ]
-        there = jnp.arange(layout.prefix_tokens)[None] < self.whole.prefix_lengths[:, :1]
-        seen = there[:, None, None, None], jnp.tri(layout.answer_tokens, dtype=bool)[None, None, None]
-        scores = jnp.concatenate([jnp.where(s, x, -jnp.inf) for s, x in zip(seen, scores, strict=True)], axis=-1)
-        shares = jnp.mean(jax.nn.softmax(scores, axis=-1), axis=(1, 2))[..., : layout.prefix_tokens]
-        return out, jnp.einsum("bwt,btp->bwp", self.words, shares)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Prompts:
     """A prompt over itself, causally; its keys and values are kept."""
 

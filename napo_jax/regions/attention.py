@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from napo_jax.models import Groups
+from napo_jax.models import IMAGE_SLOT, Groups
+from napo_jax.models.looking import looks
 
 
 def image_attention(model, params, groups: Groups, weights, layers=(0.25, 0.75)) -> jax.Array:
@@ -22,11 +23,17 @@ def image_attention(model, params, groups: Groups, weights, layers=(0.25, 0.75))
       layers: the band, from and to as shares of the depth; see `band_of`.
 
     Returns:
-      float32[B, K, N], in the order of the patches, row by row; 0 for a word without tokens.
+      float32[B, K, N], in the order of the patches, row by row; 0 for a word without tokens, and NaN for a
+      prefix without a whole picture.
     """
     total = jnp.sum(weights, axis=2, keepdims=True)
     shares = weights / jnp.where(total == 0, 1, total)
-    return jnp.mean(model.attention(params, groups, shares)[band_of(layers, model.config.text.layers)], axis=0)
+    looked = looks(model, params, groups, (0,), shares[:, None])[band_of(layers, model.config.text.layers), :, 0]
+    slots, count = groups.prefix_ids[:, 0] == IMAGE_SLOT, model.config.vision.image_tokens
+    places = jnp.argsort(~slots, axis=1, stable=True)[:, :count]
+    whole = jnp.sum(slots, axis=1) == count
+    found = jnp.take_along_axis(jnp.mean(looked, axis=0), places[:, None], axis=2)
+    return jnp.where(whole[:, None, None], found, jnp.nan)
 
 
 def band_of(layers, count) -> slice:
