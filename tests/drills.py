@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 HEARTBEAT = 10  # seconds; JAX's own choice is 100, which would make each drill take that long
 QUICK = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-LATE = 150  # seconds that a run may take before it is ended, and the drill has failed
+LATE = 600  # seconds that a run may take before it is ended, and the drill has failed: processors may be busy elsewhere
 BALLAST = "ballast"  # the file that fills a disk
 
 
