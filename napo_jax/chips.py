@@ -29,7 +29,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    # The network's: 6.4 and 25.6 Tbit/s of a pod of 256 (v5e, v6e), 200 Gbit/s of a machine of 4 (v5p).
+    # The network, as Google states it: 6.4 and 25.6 Tbit/s of a pod of 256 (v5e, v6e), 50 Gbit/s of a chip (v5p).
     "v5e": Chip("tpu", int(15.75 * _GIB), 197e12, 819e9, 90e9, "v5litepod-{}", largest=256, network_bandwidth=3.125e9),
     "v6e": Chip("tpu", int(31.25 * _GIB), 918e12, 1640e9, 180e9, "v6e-{}", largest=256, network_bandwidth=12.5e9),
     "v5p": Chip("tpu", int(95.74 * _GIB), 459e12, 2765e9, 180e9, "v5p-{}", 2, 3, 8960, 6.25e9),
