@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from napo_jax.sharding import keep_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
@@ -69,7 +71,7 @@ class ClipLayer(nn.Module):
         x = x + nn.Dense(config.width, **types, name="out")(h)
         h = LayerNorm(config.norm_eps, **types, name="mlp_norm")(x)
         h = nn.Dense(config.mlp_width, **types, name="up")(h)
-        return x + nn.Dense(config.width, **types, name="down")(h * jax.nn.sigmoid(1.702 * h))
+        return keep_rows(x + nn.Dense(config.width, **types, name="down")(h * jax.nn.sigmoid(1.702 * h)))
 
 
 class ClipTower(nn.Module):
@@ -99,7 +101,7 @@ class ClipTower(nn.Module):
         first = self.param("class_embedding", normal, (config.width,), self.param_dtype).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, config.width)), x], axis=1)
         position = self.param("position_embedding", normal, (config.image_tokens + 1, config.width), self.param_dtype)
-        x = LayerNorm(config.norm_eps, **types, name="pre_norm")(x + position.astype(self.dtype)[None])
+        x = keep_rows(LayerNorm(config.norm_eps, **types, name="pre_norm")(x + position.astype(self.dtype)[None]))
         x, _ = nn.scan(
             lambda layer, carry, _: (layer(carry), None),
             variable_axes={"params": 0},
