@@ -4,6 +4,7 @@ XLA's own analysis counts the body of a loop once, and a decoder is a loop over 
 counts as often as it runs.
 """
 
+import collections
 import functools
 import math
 import re
@@ -33,43 +34,51 @@ def collectives(program: Program, slices: int = 1) -> dict[str, tuple[int, float
     two rings, one in a slice and one of s devices that hold the n-th part of the bytes; the second is under a key of
     its own, that ends in " between slices". A TPU's program is that of one slice, and tells what others get.
     """
-    found, seen = {}, set()
-    network = _handed_to_network(program)
-    within = 1 if network else slices
-
-    def add(kind, times, sent):
+    found = {}
+    for kind, _, times, sent in _transfers(program, slices):
         before = found.get(kind, (0, 0.0))
         found[kind] = (before[0] + times, before[1] + times * sent)
-
-    for name, computation in program.computations.items():
-        for instruction in computation.values():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in _COLLECTIVES or not program.runs[name]:
-                continue
-            # One that goes on beside other work is written down in each fusion that it spans.
-            channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            if name in program.fused and channel:
-                if channel[1] in seen:
-                    continue
-                seen.add(channel[1])
-            inside, between = _sent(kind, instruction, program, within)
-            if inside or not between:
-                add(kind, program.runs[name], inside)
-            if between:
-                add(kind + BETWEEN, program.runs[name], between)
-    for kind, times, size in network:
-        rounds = {"all-reduce": 2 / slices, "all-gather": 1, "collective-permute": 1 / (slices - 1)}
-        add(kind + BETWEEN, times, size * (slices - 1) * rounds.get(kind, 1 / slices))
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
+def sent_bytes(program: Program, slices: int = 1) -> dict[str, float]:
+    """Counts the same bytes, within a slice and between slices; returns {the name that JAX gave them: their share}."""
+    found = collections.Counter()
+    for _, name, times, sent in _transfers(program, slices):
+        found[name] += float(times * sent)
+    return dict(found)
+
+
+def _transfers(program, slices):
+    """Yields (kind, name, how often, bytes that a device sends each time)."""
+    seen, network = set(), _handed_to_network(program)
+    within = 1 if network else slices
+    for computation, instruction in _all(program):
+        kind, times = instruction.opcode.removesuffix("-start"), program.runs[computation]
+        if kind not in _COLLECTIVES:
+            continue
+        # One that goes on beside other work is written down in each fusion that it spans.
+        channel = re.search(r"channel_id=(\d+)", instruction.rest)
+        if computation in program.fused and channel:
+            if channel[1] in seen:
+                continue
+            seen.add(channel[1])
+        inside, between = _sent(kind, instruction, program, within)
+        if inside or not between:
+            yield kind, instruction.op_name, times, inside
+        if between:
+            yield kind + BETWEEN, instruction.op_name, times, between
+    for kind, name, times, size in network:
+        rounds = {"all-reduce": 2 / slices, "all-gather": 1, "collective-permute": 1 / (slices - 1)}
+        yield kind + BETWEEN, name, times, size * (slices - 1) * rounds.get(kind, 1 / slices)
+
+
 def _handed_to_network(program):
-    """Returns (kind, how often, bytes that a device hands over) of what goes to other slices by way of the hosts."""
+    """Returns (kind, name, how often, bytes that a device hands over) of what the hosts send to other slices."""
     return [
-        (found[1].lower().replace("_", "-"), program.runs[name], instruction.arrays[0].bytes)
-        for name, computation in program.computations.items()
-        for instruction in computation.values()
-        if instruction.opcode == "send" and program.runs[name]
+        (found[1].lower().replace("_", "-"), instruction.op_name, program.runs[name], instruction.arrays[0].bytes)
+        for name, instruction in _all(program)
+        if instruction.opcode == "send"
         for found in [re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)]
         if found
     ]
@@ -124,16 +133,32 @@ def _groups(attributes, devices):
     return everyone[None]
 
 
-def matrix_flops(program: Program) -> float:
-    """Counts the multiply-adds of matrix products, times two; those in Pallas kernels are not to be seen."""
-    total = 0.0
+def matrix_flops(program: Program, kernels: dict[str, float] | None = None) -> dict[str, float]:
+    """Counts the multiply-adds of matrix products, times two; returns {the name that JAX gave a product: its share}.
+
+    Args:
+      program: the program.
+      kernels: {name: operations in one run} of the Pallas kernels, whose products are not to be seen.
+    """
+    found = collections.Counter()
+    for computation, instruction in _all(program):
+        if instruction.opcode in ("dot", "convolution"):
+            count = _dot if instruction.opcode == "dot" else _convolution
+            left, right = (program.computations[computation][name].arrays[0].sizes for name in instruction.operands[:2])
+            found[instruction.op_name] += 2.0 * program.runs[computation] * count(instruction, left, right)
+        elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
+            for name, operations in (kernels or {}).items():
+                if name in instruction.op_name:
+                    found[instruction.op_name] += program.runs[computation] * operations
+    return dict(found)
+
+
+def _all(program):
+    """Yields (name of its computation, instruction) of all that runs."""
     for name, computation in program.computations.items():
-        for instruction in computation.values():
-            if program.runs[name] and instruction.opcode in ("dot", "convolution"):
-                count = _dot if instruction.opcode == "dot" else _convolution
-                left, right = (computation[operand].arrays[0].sizes for operand in instruction.operands[:2])
-                total += program.runs[name] * count(instruction, left, right)
-    return 2 * total
+        if program.runs[name]:
+            for instruction in computation.values():
+                yield name, instruction
 
 
 def _dot(instruction, left, right):
@@ -172,28 +197,18 @@ def _pairs(size, outputs, window, stride, spread, dilation, low):
     return total
 
 
-def kernels(program: Program, name: str) -> int:
-    """Counts how often Pallas kernels of a name run."""
-    return sum(
-        program.runs[computation]
-        for computation, instructions in program.computations.items()
-        for instruction in instructions.values()
-        if 'custom_call_target="tpu_custom_call"' in instruction.rest and name in instruction.op_name
-    )
+def hbm_bytes(program: Program) -> dict[str, float]:
+    """Counts the bytes that are read from the main memory and written to it; returns {name: its share}.
 
-
-def hbm_bytes(program: Program) -> float:
-    """Counts the bytes that are read from the main memory and written to it.
-
-    They are what goes into each piece of work and out of it; of an array that it takes a slice of, the slice.
+    They are what goes into each piece of work and out of it; of an array that it takes a slice of, the slice. What is
+    done in one piece has the name of its last operation, and what the compiler made up has none.
     """
-    return float(
-        sum(
-            program.runs[name] * sum(_moved(program, computation, i) for i in computation.values())
-            for name, computation in program.computations.items()
-            if name not in program.fused
-        )
-    )
+    found = collections.Counter()
+    for name, instruction in _all(program):
+        if name not in program.fused:
+            moved = _moved(program, program.computations[name], instruction)
+            found[instruction.op_name] += float(program.runs[name] * moved)
+    return dict(found)
 
 
 def _moved(program, computation, instruction):

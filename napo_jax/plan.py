@@ -30,7 +30,7 @@ from napo_jax.models.attention import resolve_backend
 from napo_jax.models.layout import Layout
 from napo_jax.models.lora import is_adapter
 from napo_jax.optim import make_optimizer
-from napo_jax.plan_report import Plan, State, advice, room
+from napo_jax.plan_report import Plan, State, advice, by_part, room
 from napo_jax.sharding import ROWS, make_mesh, over_rows
 from napo_jax.start import abstract_parts, first_state, make_model
 from napo_jax.step import Frozen, make_train_step
@@ -48,6 +48,8 @@ class Options:
     topology: str | None = None
     # Print one JSON object.
     json: bool = False
+    # Say which part of the step takes what.
+    parts: bool = False
     # Tokens of a prefix, one image among them, and of each answer, where the config's data or model are not here. What
     # further images of data.pictures take comes on top.
     prefix_tokens: int = 704
@@ -95,15 +97,10 @@ def plan(config: Config, topology: Topology, *, prefix_tokens: int = 704, answer
     groups, cell_image = config.data.batch_size, config.objective.cell_image
     needed = step_flops(model.config, bucket, groups, cell_image, trained=trained, reference=along)
     attention = attention_flops(model.config, bucket, groups / config.train.accumulate, cell_image) / len(devices)
-    kernels = sum(
-        times * products / 2 * attention / model.config.text.layers
-        for name, products in _KERNELS.items()
-        for times in [costs.kernels(compiled.program, name)]
-    )
-    if compiled.program.unknown_loops:
-        notes.append(
-            f"counted once, for they do not say how often they run: {', '.join(compiled.program.unknown_loops)}"
-        )
+    kernels = {name: products / 2 * attention / model.config.text.layers for name, products in _KERNELS.items()}
+    program, slices = compiled.program, topology.slices
+    if program.unknown_loops:
+        notes.append(f"counted once, for they do not say how often they run: {', '.join(program.unknown_loops)}")
     sizes = State(
         parameters=_bytes(state.params),
         optimizer=_bytes(state.opt_state),
@@ -121,9 +118,10 @@ def plan(config: Config, topology: Topology, *, prefix_tokens: int = 704, answer
         peak_bytes=compiled.total_bytes,
         buffers=compiled.buffers[:5],
         flops_per_step=needed,
-        flops_done=costs.matrix_flops(compiled.program) + kernels,
-        hbm_traffic=costs.hbm_bytes(compiled.program),
-        collectives=costs.collectives(compiled.program, topology.slices),
+        parts=by_part(
+            costs.matrix_flops(program, kernels), costs.hbm_bytes(program), costs.sent_bytes(program, slices)
+        ),
+        collectives=costs.collectives(program, slices),
         compile_seconds=compiled.seconds,
     )
     change = room(config, model, result) if result.fits else advice(config, model, trained, result)
@@ -244,7 +242,7 @@ def main(argv=None):
         prefix_tokens=options.prefix_tokens,
         answer_tokens=options.answer_tokens,
     )
-    print(json.dumps(found.as_json()) if options.json else "\n".join(found.lines()))
+    print(json.dumps(found.as_json()) if options.json else "\n".join(found.lines(options.parts)))
 
 
 if __name__ == "__main__":

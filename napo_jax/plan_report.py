@@ -1,6 +1,7 @@
 """What a plan says: whether a step fits its devices, how long it takes at best, and what to change."""
 
 import dataclasses
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -20,6 +21,14 @@ class State(NamedTuple):
     reference: int
 
 
+class Part(NamedTuple):
+    """What a part of a step takes of one device."""
+
+    flops: float = 0.0  # of matrix products, what is computed again included
+    moved: float = 0.0  # bytes read from the main memory and written to it
+    sent: float = 0.0  # bytes to other devices
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A step on a topology; bytes and operations are those of one device, where nothing else is said."""
@@ -34,8 +43,7 @@ class Plan:
     peak_bytes: int  # most that is in use at a time, the state included
     buffers: tuple[Buffer, ...]  # the largest at that time beside the state
     flops_per_step: float  # that a step needs, on all devices
-    flops_done: float  # of matrix products, on one device, what is computed again included
-    hbm_traffic: float  # bytes read and written
+    parts: dict[str, Part]
     collectives: dict[str, tuple[int, float]]  # {kind: (how often, bytes that a device sends)}
     compile_seconds: float
     advice: tuple[str, ...] = ()  # where it does not fit, or has room
@@ -44,6 +52,16 @@ class Plan:
     def fits(self) -> bool:
         """Whether there is memory for it."""
         return self.peak_bytes <= self.topology.chip.hbm_bytes
+
+    @property
+    def flops_done(self) -> float:
+        """Operations of matrix products on one device, what is computed again included."""
+        return sum(part.flops for part in self.parts.values())
+
+    @property
+    def hbm_traffic(self) -> float:
+        """Bytes read and written."""
+        return sum(part.moved for part in self.parts.values())
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -93,6 +111,7 @@ class Plan:
             "flops_per_step": self.flops_per_step,
             "flops_done_per_device": self.flops_done,
             "hbm_traffic_bytes": self.hbm_traffic,
+            "parts": {name: part._asdict() for name, part in self.parts.items()},
             "collectives": {kind: {"count": count, "bytes": sent} for kind, (count, sent) in self.collectives.items()},
             "seconds": self.seconds,
             "step_seconds": self.seconds[self.bound],
@@ -103,8 +122,8 @@ class Plan:
             "notes": list(self.notes),
         }
 
-    def lines(self):
-        """Yields the plan for a person to read."""
+    def lines(self, parts=False):
+        """Yields the plan for a person to read, the parts of the step if they are wanted too."""
         chip, devices = self.topology.chip, self.topology.devices
         if self.topology.estimate:
             yield "ESTIMATE: by a compiler for CPUs, which computes bfloat16 in float32 and fuses less. Memory, traffic"
@@ -128,6 +147,10 @@ class Plan:
             f"  compute   {self.flops_done / 1e12:.1f} TFLOP, of which {self.flops_per_step / devices / 1e12:.1f} are "
             f"needed; {_size(self.hbm_traffic)} read and written"
         )
+        if parts:
+            yield f"  where     {'TFLOP':>8} {'moved':>12} {'sent':>12}"
+            for name, part in self.parts.items():
+                yield f"            {part.flops / 1e12:8.2f} {_size(part.moved):>12} {_size(part.sent):>12}  {name}"
         for kind, (count, sent) in self.collectives.items():
             yield f"  sends     {_size(sent):>10} by {kind}, {count} times"
         times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.seconds.items())
@@ -140,6 +163,7 @@ class Plan:
 
 _SAFE = 0.9  # of what is left: a compiler places arrays with gaps
 _NOISE = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "_Network.packed", "jvp()", ""}
+_NOISE |= {"_Network._features"}
 
 
 def in_words(op_name: str) -> str:
@@ -160,6 +184,37 @@ def in_words(op_name: str) -> str:
         if not {word, bare} & _NOISE and words[-1:] != [bare]:
             words.append(bare)
     return f"{'/'.join(words)}, {'backward' if backward else 'forward'}"
+
+
+# Names of modules and scopes of the model that tell parts of a step apart; what goes on in them has names of its own.
+_PARTS = {"vision", "projector", "language", "language.embed", "layers", "attention_norm", "attention", "mlp_norm"}
+_PARTS |= {"mlp", "norm", "logps", "token_kl", "reward"}
+
+
+def part_of(op_name: str) -> str:
+    """Says which part of a step an operation belongs to, and not what it does there.
+
+    Examples:
+      >>> part_of("jit(train_step)/transpose(jvp(_Network.packed))/language/language/while/body/mlp/up/dot_general")
+      'language/mlp, backward'
+      >>> part_of("jit(train_step)/add")
+      'optimizer, loss and what has no name'
+    """
+    if not op_name:
+        return "made by the compiler"
+    words, _, direction = in_words(op_name).rpartition(", ")
+    part = "/".join(itertools.takewhile(_PARTS.__contains__, words.split("/")))
+    return f"{part}, {direction}" if part else "optimizer, loss and what has no name"
+
+
+def by_part(flops, moved, sent) -> dict[str, Part]:
+    """Adds up what operations take, {op_name: amount} each, by the part of a step; what moves most comes first."""
+    found = {}
+    for field, amounts in zip(Part._fields, (flops, moved, sent), strict=True):
+        for op_name, amount in amounts.items():
+            part = found.get(name := part_of(op_name), Part())
+            found[name] = part._replace(**{field: getattr(part, field) + amount})
+    return dict(sorted(((n, part) for n, part in found.items() if any(part)), key=lambda item: -item[1].moved))
 
 
 def advice(config, model, trained, plan: Plan):

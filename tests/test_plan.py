@@ -26,7 +26,7 @@ from napo_jax.data.byte_tokenizer import byte_tokenizer
 from napo_jax.hlo import Program
 from napo_jax.model_source import random_shape
 from napo_jax.optim import OptimizerConfig
-from napo_jax.plan_report import Plan, State, advice
+from napo_jax.plan_report import Part, Plan, State, advice
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.start import abstract_parts, make_model
 
@@ -75,7 +75,7 @@ def test_a_loop_counts_as_often_as_it_runs():
         "collective-permute": (3, 3 * mine),
         "all-to-all": (1, mine * 3 / 4),
     }
-    assert costs.matrix_flops(program) == 3 * 2 * 8 * 16 * 16
+    assert sum(costs.matrix_flops(program).values()) == 3 * 2 * 8 * 16 * 16
     assert not program.unknown_loops
     # With each ring in a slice of its own, a sum over all is one in the ring, and one of a fourth between two slices.
     assert costs.collectives(program, slices=2) == costs.collectives(program) | {
@@ -114,7 +114,7 @@ def test_a_loop_that_does_not_say_how_often_it_runs_is_named():
     compiled = jax.jit(until).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile()
     program = Program(compiled.as_text())
     assert len(program.unknown_loops) == 1
-    assert costs.matrix_flops(program) == 2 * 8**3
+    assert sum(costs.matrix_flops(program).values()) == 2 * 8**3
 
 
 def test_what_a_tpu_hands_to_the_network_is_read():
@@ -154,9 +154,9 @@ ENTRY %main (a: {left}, b: {right}) -> {out} {{
 }}
 """
     program = Program(text)
-    assert costs.matrix_flops(program) == expected
+    assert sum(costs.matrix_flops(program).values()) == expected
     read = sum(4 * jnp.zeros(shape).size for shape in sizes[:2])
-    assert costs.hbm_bytes(program) == read  # the result stays on the chip
+    assert sum(costs.hbm_bytes(program).values()) == read  # the result stays on the chip
 
 
 def test_the_same_is_counted_of_a_tpu(tpu_runs):
@@ -178,6 +178,18 @@ def test_a_step_that_fits(tpu_runs):
     # All is computed once, and plain attention computes the other half of its squares.
     assert 1 < found["flops_done_per_device"] * 4 / found["flops_per_step"] < 1.2
     assert found["notes"][0].startswith("lengths are assumed: 24 tokens of a prefix")
+
+
+def test_each_device_computes_the_pictures_of_its_own_rows(tpu_runs):
+    """What the tower sends is its weights, once: three of four parts of what is frozen and never an activation."""
+    found = tpu_runs[1]
+    vision, frozen = found["parts"]["vision, forward"], found["state"]["frozen"]
+    assert 0 < vision["sent"] < 1.02 * 3 * frozen
+    assert found["parts"].keys() >= {"language/layers/mlp, backward", "logps, backward", "projector, backward"}
+    for field, total in (("flops", "flops_done_per_device"), ("moved", "hbm_traffic_bytes")):
+        assert sum(part[field] for part in found["parts"].values()) == pytest.approx(found[total])
+    sent = sum(kind["bytes"] for kind in found["collectives"].values())
+    assert sum(part["sent"] for part in found["parts"].values()) == pytest.approx(sent)
 
 
 def test_a_step_that_the_compiler_refuses_is_a_verdict(tpu_runs):
@@ -303,8 +315,7 @@ def test_what_is_advised_is_what_it_saves():
         peak_bytes=2**31,
         buffers=(),
         flops_per_step=8.0,
-        flops_done=1.0,
-        hbm_traffic=1.0,
+        parts={"all": Part(flops=1.0, moved=1.0)},
         collectives={},
         compile_seconds=1.0,
     )
