@@ -50,18 +50,13 @@ SCALE = (
     ("llava7b", "v5e:8x8", on(1, 32, 2, 64)),
     ("llava7b", "v5e:16x16", on(2, 32, 4, 64)),
     ("llava7b", "v5e:16x16", on(4, 32, 4, 128, slices=2)),
-    ("llava7b", "v5p:2x2x1", ("--model.remat", "dots")),
     ("llava7b", "v5p:4x4x4", on(1, 32, 2, 64)),
-    ("llava7b", "v5p:4x4x4", on(1, 32, 2, 128)),
     ("llava7b", "v5p:4x4x4", on(2, 32, 2, 128, slices=2)),
     ("llava7b", "v5p:8x8x8", on(4, 32, 4, 128)),
     ("llava13b", "v5e:16x16", on(2, 32, 4, 64)),
     ("llava13b", "v5e:16x16", on(4, 32, 4, 128, slices=2)),
-    ("llava13b", "v5p:4x4x4", on(1, 32, 2, 64)),
     ("llava13b", "v5p:8x8x8", on(4, 32, 4, 128)),
     ("llava7b_lora", "v5e:4x4", ("--train.accumulate", "2")),
-    ("llava7b_lora", "v5p:2x2x1", ("--train.accumulate", "2")),
-    ("llava7b_lora", "v5e:8x8", on(1, 32, 2, 32)),
     ("llava13b", "v5e:4x4", on(1, 16, 1, 32, "--lora.rank", "64", "--train.reference", "adapters_off", accumulate=2)),
 )
 _LEAN = ("--optimizer.moment-dtype", "bfloat16", "--optimizer.second-moment", "factored")
