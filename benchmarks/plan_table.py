@@ -60,15 +60,10 @@ SCALE = (
     ("llava13b", "v5e:4x4", on(1, 16, 1, 32, "--lora.rank", "64", "--train.reference", "adapters_off", accumulate=2)),
 )
 _LEAN = ("--optimizer.moment-dtype", "bfloat16", "--optimizer.second-moment", "factored")
-# Full fine-tuning of 7B on few chips: AdamW's 12 bytes a parameter, and 6.
+# Full fine-tuning on few chips: AdamW's 12 bytes a parameter, and 6.
 LEAN = tuple(
-    ("llava7b", topology, (*flags, *lean))
-    for topology, flags in (
-        ("v5e:2x4", ()),
-        ("v5e:2x2", ("--data.batch-size", "4")),
-        ("v6e:2x2", ("--data.batch-size", "16")),
-        ("v6e:2x2", ()),
-    )
+    (config, topology, (*on(1, chips, 1, chips), *lean))
+    for config, topology, chips in (("llava7b", "v5e:2x2", 4), ("llava13b", "v5e:2x4", 8))
     for lean in ((), _LEAN)
 )
 TABLES = {"plan_table": CASES, "plan_scale": SCALE, "plan_lean": LEAN}
