@@ -60,11 +60,11 @@ SCALE = (
     ("llava13b", "v5e:4x4", on(1, 16, 1, 32, "--lora.rank", "64", "--train.reference", "adapters_off", accumulate=2)),
 )
 _LEAN = ("--optimizer.moment-dtype", "bfloat16", "--optimizer.second-moment", "factored")
-# Full fine-tuning on few chips: AdamW's 12 bytes a parameter, and 6.
+# Full fine-tuning on few chips, one group each: AdamW's 12 bytes a parameter, 6, and 4 with parameters in bfloat16.
 LEAN = tuple(
-    (config, topology, (*on(1, chips, 1, chips), *lean))
-    for config, topology, chips in (("llava7b", "v5e:2x2", 4), ("llava13b", "v5e:2x4", 8))
-    for lean in ((), _LEAN)
+    (config, topology, (*on(1, chips, 1, chips), *flags))
+    for config, topology, chips in (("llava7b", "v5e:2x2", 4), ("llava7b", "h100:1", 1), ("llava13b", "h100:2", 2))
+    for flags in ((), _LEAN, (*_LEAN, "--optimizer.param-dtype", "bfloat16"))
 )
 TABLES = {"plan_table": CASES, "plan_scale": SCALE, "plan_lean": LEAN}
 

@@ -1,9 +1,11 @@
 """Where arrays lie: every leaf has its rule, and nothing large is copied in silence."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -108,3 +110,19 @@ def test_slices_are_the_outermost_axis():
         assert copies == [{0}] * (shape[0] // 2) + [{1}] * (shape[0] // 2)
     with pytest.raises(ValueError, match=r"1 copies of the model .data. do not divide among 2 slices: --mesh.data 2"):
         make_mesh(MeshConfig(), devices)
+
+
+@pytest.mark.parametrize(
+    ("torus", "shape"),
+    [((4, 4), (1, 8, 2)), ((8, 8), (1, 32, 2)), ((8, 8), (2, 32, 1)), ((16, 16), (2, 32, 4)), ((16, 16), (1, 32, 8))],
+)
+def test_a_mesh_need_not_have_the_sides_of_the_torus(torus, shape):
+    """Those that share rows, and send most, are neighbours there; most of those that share parameters are."""
+    places = itertools.product(*map(range, torus))
+    devices = [Tpu(i, 0, (x, y, 0)) for i, (x, y) in enumerate(places)]
+    mesh = make_mesh(MeshConfig(*shape), devices)
+    assert tuple(mesh.shape.values()) == shape
+    at = np.array([device.coords for device in mesh.devices.flat]).reshape(*shape, 3)
+    apart = lambda axis: np.abs(np.diff(at, axis=axis)).sum(axis=-1)
+    assert (apart(2) == 1).all()
+    assert (apart(1) == 1).mean() > 0.75
