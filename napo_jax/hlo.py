@@ -113,7 +113,7 @@ class Program:
             return None
         index = int(re.search(r"index=(\d+)", counter.rest)[1])
         start = _number(computation, _element(computation, loop.operands[0], index))
-        growth = _element(body, list(body)[-1], index)
+        growth = _origin(body, _element(body, list(body)[-1], index))
         steps = [_number(body, name) for name in body[growth].operands] if growth in body else []
         steps = [step for step in steps if step is not None]
         limit = _number(condition, limit.name)
@@ -128,13 +128,18 @@ def _element(computation, name, index):
     return made.operands[index] if made.opcode == "tuple" else None
 
 
+def _origin(computation, name):
+    """Returns the name of what a value is a copy of, in another place or of another type."""
+    while name in computation and computation[name].opcode in ("copy", "bitcast", "convert"):
+        name = computation[name].operands[0]
+    return name
+
+
 def _number(computation, name):
     """Returns the number that a name stands for, or None."""
     if name is None:
         return None
-    instruction = computation[name]
-    while instruction.opcode in ("copy", "bitcast", "convert"):
-        instruction = computation[instruction.operands[0]]
+    instruction = computation[_origin(computation, name)]
     found = re.match(r"-?\d+", instruction.rest) if instruction.opcode == "constant" else None
     return int(found[0]) if found else None
 

@@ -84,6 +84,38 @@ def test_a_loop_counts_as_often_as_it_runs():
     }
 
 
+def test_a_counter_may_be_copied_on_its_way():
+    """As a TPU's program does between its memories: from 1 by 2 up to 9."""
+    text = """HloModule jit_step
+
+%body (carry: (u32[])) -> (u32[]) {
+  %carry = (u32[]) parameter(0)
+  %counter = u32[] get-tuple-element(%carry), index=0
+  %two = u32[] constant(2)
+  %grown = u32[]{:S(6)} add(%counter, %two)
+  %back = u32[] copy(%grown)
+  ROOT %next = (u32[]) tuple(%back)
+}
+
+%condition (carry.1: (u32[])) -> pred[] {
+  %carry.1 = (u32[]) parameter(0)
+  %counter.1 = u32[] get-tuple-element(%carry.1), index=0
+  %nine = u32[] constant(9)
+  ROOT %less = pred[] compare(%counter.1, %nine), direction=LT
+}
+
+ENTRY %main () -> (u32[]) {
+  %one = u32[] constant(1)
+  %start = u32[] copy(%one)
+  %first = (u32[]) tuple(%start)
+  ROOT %loop = (u32[]) while(%first), condition=%condition, body=%body
+}
+"""
+    program = Program(text)
+    assert program.runs["body"] == 4
+    assert not program.unknown_loops
+
+
 @pytest.mark.parametrize(
     "spelling",
     [
