@@ -19,7 +19,7 @@ from etils import epath
 from quick import quick_jit
 from torch_llava import params_of, tiny_config, torch_llava
 
-from napo_jax import answer_scores, build_ranked, evaluation, export, load_pretrained, methods, tensor_files
+from napo_jax import answer_scores, build_ranked, building, evaluation, export, load_pretrained, methods, tensor_files
 from napo_jax import train as training
 from napo_jax.build_ranked import Options, build
 from napo_jax.command import exit_with_one_line
@@ -393,12 +393,12 @@ def test_answers_are_ranked_by_their_rewards(drawn, monkeypatch):
     assert [one["reward_scores"] for one in stricter] == [one["reward_scores"] for one in rows]
     asked = []
 
-    def stop(signal, kept):
-        asked.append(kept)
+    def stop(signal):
+        asked.append(signal)
         if len(asked) == 6:
             raise StoppedError("asked", 143)
 
-    monkeypatch.setattr(build_ranked, "raise_if_asked", stop)
+    monkeypatch.setattr(building, "raise_if_asked", stop)
     with pytest.raises(StoppedError):
         rank(drawn, "stopped", drawn / "whole")
     monkeypatch.undo()
