@@ -26,18 +26,20 @@ from napo_jax.command import exit_with_one_line
 from napo_jax.config import ModelConfig, load_config
 from napo_jax.data.dataset import open_dataset
 from napo_jax.journal import StoppedError
+from napo_jax.logps import DetailedLogps, Logps
 from napo_jax.losses import dpo_loss, reward_loss
 from napo_jax.metrics import Console
 from napo_jax.model_source import Run, find_model, load_trained
 from napo_jax.models import IMAGE_SLOT, Groups, Llava, Packing
 from napo_jax.models.lora import LoraConfig
-from napo_jax.objective import DetailedLogps, Logps, Objective, Term
+from napo_jax.objective import Objective
 from napo_jax.optim import OptimizerConfig, flatten, make_optimizer, split_trained
 from napo_jax.score import score
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
 from napo_jax.start import load_parts, make_model
 from napo_jax.step import Frozen, init_state, make_train_step
+from napo_jax.term import Term
 from napo_jax.world.configs import cure
 from napo_jax.world.records import write_pairs
 
