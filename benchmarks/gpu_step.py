@@ -26,9 +26,9 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from napo_jax.logps import Logps
 from napo_jax.methods import napo
 from napo_jax.models import IMAGE_SLOT, Groups, Llava, LlavaConfig
-from napo_jax.objective import Logps
 
 CELLS = napo().cells
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bfloat16, by the makers' data sheets

@@ -29,9 +29,9 @@ import torch
 import transformers
 
 from napo_jax import load_pretrained
+from napo_jax.logps import Logps
 from napo_jax.methods import napo_released
 from napo_jax.models import IMAGE_SLOT, Groups
-from napo_jax.objective import Logps
 
 CELLS = napo_released().cells
 QUESTION, ANSWER, IMAGE, VOCAB = 32, 128, 576, 32000

@@ -51,11 +51,12 @@ from napo_jax.losses import dpo_loss, sft_loss, token_kl_loss
 from napo_jax.methods import adavip, chip, mdpo, mfpo, napo, napo_released, rdpo
 from napo_jax.metrics import Console
 from napo_jax.model_source import find_model, load_leaves
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
 from napo_jax.optim import unflatten
 from napo_jax.pieces import write_durably
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
+from napo_jax.term import Term
 from napo_jax.train import settings_of, train
 from napo_jax.versions import versions
 from napo_jax.world.configs import BASE, BETA, cure

@@ -25,9 +25,59 @@ show() {
 # Runs a command, or shows it in a dry run.
 act() { if "$dry_run"; then show "$@"; else "$@"; fi; }
 
-# Checks the value of a flag: needs FLAG COUNT VALUE..., with the words from the flag on.
-needs() {
-    if (($2 < 2)) || [[ $3 == --* ]]; then wrong "$1 needs a value"; fi
+# What a script takes beside --dry-run and --help, each into the variable of its name: flags with a text, with a number
+# from 1 on, with one from 0 on, and without a value. What follows -- is for the training, in `flags`.
+texts="" counts="" numbers="" switches="" flags=()
+
+# Takes a flag of any other form; fails if there is none.
+own_flag() { return 1; }
+
+# Reads what a script is given: read_flags ARGUMENT...
+read_flags() {
+    local variable least
+    while (($#)); do
+        variable=${1#--}
+        variable=${variable//-/_}
+        case $1 in
+            --)
+                # shellcheck disable=SC2034 # the script uses them
+                flags=("${@:2}")
+                return
+                ;;
+            -h | --help)
+                usage
+                exit 0
+                ;;
+        esac
+        if among "$1" "--dry-run $switches"; then
+            printf -v "$variable" true
+        elif among "$1" "$texts $counts $numbers"; then
+            if (($# < 2)) || [[ $2 == --* ]]; then wrong "$1 needs a value"; fi
+            if among "$1" "$texts"; then
+                printf -v "$variable" %s "$2"
+            else
+                least=0
+                if among "$1" "$counts"; then least=1; fi
+                number "$1" "$2" "$least"
+                printf -v "$variable" %s "$((10#$2))"
+            fi
+            shift
+        elif ! own_flag "$1"; then
+            wrong "unknown argument '$1' (the flags of the training come after --)"
+        fi
+        shift
+    done
+}
+
+# Tells whether a word is one of a list.
+among() { [[ $1 =~ ^--[-a-z]+$ && " $2 " == *" $1 "* ]]; }
+
+# Checks that flags have a value: required NAME...
+required() {
+    while (($#)); do # with no variable of its own, which could be one of those
+        if [[ -z ${!1} ]]; then wrong "--$1 is missing"; fi
+        shift
+    done
 }
 
 # Checks a whole number.

@@ -23,34 +23,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$root/launch/common.sh"
 
-python="" log="" retries=10 poll=30 flags=()
-while (($#)); do
-    case $1 in
-        --python | --log)
-            needs "$1" $# "${2:-}"
-            printf -v "${1#--}" %s "$2"
-            shift
-            ;;
-        --retries | --poll)
-            needs "$1" $# "${2:-}"
-            number "$1" "$2" 0
-            printf -v "${1#--}" %s "$((10#$2))"
-            shift
-            ;;
-        --dry-run) dry_run=true ;;
-        --)
-            shift
-            flags=("$@")
-            break
-            ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        *) wrong "unknown argument '$1' (the flags of the training come after --)" ;;
-    esac
-    shift
-done
+texts="--python --log" numbers="--retries --poll"
+python="" log="" retries=10 poll=30
+read_flags "$@"
 if ((${#flags[@]} == 0)); then wrong "there is no -- with the flags of napo_jax.train"; fi
 if [[ -z $python ]]; then
     python=python3

@@ -39,51 +39,23 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$root/launch/common.sh"
 
+texts="--name --zone --type --version --project --extras" counts="--slices --workers"
+numbers="--retries --capacity-wait --grace --poll" switches="--spot --queued --delete-after"
 name="" zone="" type="" version="" project="" extras=tpu,gcs mode=run
 spot=false queued=false delete_after=false
 slices=1 workers=0 retries=10 capacity_wait=86400 grace=600 poll=30
-create_flags=() flags=()
-
-while (($#)); do
+create_flags=()
+own_flag() {
     case $1 in
-        --name | --zone | --type | --version | --project | --extras)
-            needs "$1" $# "${2:-}"
-            printf -v "${1#--}" %s "$2"
-            shift
-            ;;
-        --slices | --workers | --retries | --capacity-wait | --grace | --poll)
-            needs "$1" $# "${2:-}"
-            least=0
-            if [[ $1 == --slices || $1 == --workers ]]; then least=1; fi
-            number "$1" "$2" "$least"
-            variable=${1#--}
-            printf -v "${variable//-/_}" %s "$((10#$2))"
-            shift
-            ;;
         --create-flag=*) create_flags+=("${1#--create-flag=}") ;;
-        --spot | --queued) printf -v "${1#--}" true ;;
-        --delete-after) delete_after=true ;;
         --stop | --delete) mode=${1#--} ;;
-        --dry-run) dry_run=true ;;
-        --)
-            shift
-            flags=("$@")
-            break
-            ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        *) wrong "unknown argument '$1' (the flags of the training come after --)" ;;
+        *) return 1 ;;
     esac
-    shift
-done
+}
+read_flags "$@"
 
-required=(name zone)
-if [[ $mode == run ]]; then required+=(type version); fi
-for flag in "${required[@]}"; do
-    if [[ -z ${!flag} ]]; then wrong "--$flag is missing"; fi
-done
+required name zone
+if [[ $mode == run ]]; then required type version; fi
 cloud_name --name "$name"
 if ! [[ $extras =~ ^[a-z0-9,]+$ ]]; then wrong "--extras must be names with commas between them, got '$extras'"; fi
 if [[ $mode == run && ${#flags[@]} -eq 0 ]]; then wrong "there is no -- with the flags of napo_jax.train"; fi

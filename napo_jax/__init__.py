@@ -4,7 +4,8 @@
 """
 
 from napo_jax.losses import dpo_loss, napo_loss, noise_coefficient
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
+from napo_jax.term import Term
 
 __version__ = "0.1.0"
 

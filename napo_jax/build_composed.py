@@ -8,15 +8,14 @@ was; it takes one process, with all its devices.
 
 import collections
 import dataclasses
-import functools
-import json
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from napo_jax.bias.inputs import image_root_of, open_inputs, read_questions, read_rows, write_output
+from napo_jax.bias.inputs import image_root_of, open_inputs, read_questions, write_output
+from napo_jax.building import BuildOptions, run_command, run_job
 from napo_jax.command import exit_with_one_line
 from napo_jax.composed.answerer import Answerer
 from napo_jax.composed.asker import Asked, Composer, Form
@@ -28,16 +27,13 @@ from napo_jax.data.prompts import IMAGE, Prompter, PromptError
 from napo_jax.data.records import default_cache, open_records
 from napo_jax.data.store import check_row
 from napo_jax.decoding import Decoding
-from napo_jax.journal import exit_when_stopped, raise_if_asked
-from napo_jax.metrics import Console
 from napo_jax.model_source import absolute, find_model
-from napo_jax.pieces import read_manifest, write_durably, write_manifest
-from napo_jax.preemption import StopSignal
+from napo_jax.pieces import read_manifest, write_manifest
 from napo_jax.row_pieces import RowPieces
 from napo_jax.sharding import make_mesh
 from napo_jax.speaker import load_speaker
 
-BOOKS, SUMMARY = "composed", "composed/report.json"
+BOOKS = "composed"
 _PICTURE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 _FIELDS = {
     "images": pa.list_(_PICTURE),
@@ -50,13 +46,9 @@ _SLACK = 16  # tokens by which a text may be longer than its parts, one by one
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(BuildOptions):
     """The command's own options."""
 
-    # Parquet files of preferences with one picture a row: paths, folders or globs, local or gs://.
-    input: tuple[str, ...] = ()
-    # The folder for the pieces and the files of composed rows. Local or gs://.
-    output: str | None = None
     # "sequence": several pictures one behind the other; "grid": as cells of one; "inset": set into the middle of one.
     form: Form = "sequence"
     # How many pictures a row may get: one number is drawn of these. By default 2 to 5 in a sequence, up to 9 in a grid.
@@ -78,8 +70,6 @@ class Options:
     seed: int = 0
     # The first so many rows of each file alone, to try things out.
     limit: int | None = None
-    # Say what would be done, and do nothing.
-    dry_run: bool = False
     # Prompts that are answered at a time, and answers whose attention is computed at a time, on each device of
     # mesh.data x mesh.fsdp.
     slots: int = 4
@@ -89,9 +79,9 @@ class Options:
 
     def __post_init__(self):
         """Checks the numbers."""
-        for name in ("limit", "slots", "batch", "piece", "longest_chosen"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__post_init__()
+        if self.longest_chosen < 1:
+            raise ValueError(f"longest_chosen must be at least 1, got {self.longest_chosen}")
         if wrong := set(self.pictures) - set(COUNTS[self.form]):
             there = ", ".join(map(str, COUNTS[self.form]))
             raise ValueError(f"the form {self.form} has {there} pictures, and not {min(wrong)}")
@@ -107,8 +97,6 @@ class Job:
 
     def __init__(self, config: Config, options: Options):
         """Looks at the files, the pictures, the model and what was done so far."""
-        if not options.input or options.output is None:
-            raise ValueError("say what to read and where to write: --input pairs/*.parquet --output several/")
         self.config, self.options, self.folder = config, options, absolute(options.output)
         data, asks = config.data, options.rejected == "misplaced"
         names = [name for name in _FIELDS if name not in ("images", "question", "rejected")]
@@ -138,7 +126,12 @@ class Job:
         self.settings = self._settings(asks)
         self.manifest = read_manifest(self.books, self.settings)
         self.pieces = RowPieces(self.books, self.sizes if asks else [], options.piece, Said)
+        self.count_missing = self.pieces.count_missing
         self.written = {"rows": sum(self.sizes), "selection": repr(options.selection)}
+        self.summary = self.books / "report.json"
+        self.files = [self.folder / file.path.name for file in self.inputs]
+        if len(self.pool) < max(options.counts):
+            raise ValueError(f"there are {len(self.pool)} pictures, and {max(options.counts)} are to stand together")
 
     def _settings(self, asks):
         """Returns all that decides the composed rows and what is said to them, for JSON."""
@@ -152,6 +145,13 @@ class Job:
             own |= {"piece": options.piece, "limit": options.limit}
         inputs = {file.path.name: file.bytes for file in self.inputs}
         return own | {"columns": data.columns, "image_root": self.root, "inputs": inputs}
+
+    def plan(self):
+        """Yields what a person wants to read before it starts."""
+        options = self.options
+        yield f"model    {self.source or 'none: the rows keep what they reject'}"
+        yield f"form     {options.form} of {', '.join(map(str, options.counts))} pictures out of {len(self.pool)}"
+        yield f"rows     {sum(self.sizes)} in {len(self.inputs)} file(s); {self.count_missing()} to go"
 
     def draw(self, record):
         """Returns what is drawn for a record."""
@@ -188,27 +188,17 @@ class Job:
                 fault = "prefix_too_long"
         return Said(None, False, None, None, fault)
 
-    def answer(self, console, check):
+    def build(self, console, check):
         """Asks about the rows that lack it."""
         options, model, mesh = self.options, self.config.model, make_mesh(self.config.mesh)
         speaker = load_speaker(self.source, mesh, dtype=model.dtype, attention=model.attention)
         if not self.manifest:
             write_manifest(self.books, self.settings | {"weights": speaker.digest})
-        look = {"image_root": self.root, "exif": self.config.data.exif, "threads": self.config.data.threads}
         self.room = min(self.room, self._longest_prompt())
         answerer = Answerer(
             speaker, options.decoding, room=self.room, layer=self.layer, slots=options.slots, batch=options.batch
         )
-        missing = self.pieces.missing()
-        done, total = 0, sum(len(rows) for _, rows in missing)
-        for number, rows in missing:
-            found, waiting = {}, {}
-            for row, asked in read_rows(self.inputs[number], set(rows), self._ask, **look):
-                (waiting if isinstance(asked, Asked) else found)[row] = asked
-                check()
-            self.pieces.write(number, rows, found | answerer(waiting, check))
-            done += len(rows)
-            console.progress(f"{done} of {total} rows")
+        self.pieces.fill(self.inputs, self.config.data, self._ask, answerer, console, check)
 
     def _longest_prompt(self):
         """Returns how many tokens the longest prompt has that there is room for, or a few more."""
@@ -265,46 +255,23 @@ class Job:
         summary = {"rows": sum(self.sizes), "form": options.form, "counts": dict(counts.most_common())}
         quantiles = lambda values: [round(float(np.quantile(values, q)), 4) for q in (0.05, 0.5, 0.95)]
         summary["on_target"] = {str(count): quantiles(shares[count]) for count in sorted(shares)}
-        write_durably(self.folder / SUMMARY, json.dumps(summary, indent=1))
-        settings = (read_manifest(self.books, self.settings) or {"settings": self.settings})["settings"]
-        write_manifest(self.books, settings, self.written)
         return summary
+
+    def says(self, counts):
+        """Yields what there is to say of the rows."""
+        yield ", ".join(f"{what} {count}" for what, count in counts["counts"].items())
+        most = max(self.options.counts) if self.options.form == "sequence" else 1
+        yield f"wrote {self.folder}; train with --data.pictures {most}"
 
 
 def build(config: Config, options: Options, console=None):
     """Composes the rows, or goes on with it; returns the counts."""
-    console, job = console or Console(), Job(config, options)
-    missing = job.pieces.missing()
-    console.note(f"model    {job.source if job.source else 'none: the rows keep what they reject'}")
-    console.note(f"form     {options.form} of {', '.join(map(str, options.counts))} pictures out of {len(job.pool)}")
-    console.note(
-        f"rows     {sum(job.sizes)} in {len(job.inputs)} file(s); {sum(len(rows) for _, rows in missing)} to go"
-    )
-    console.note(f"output   {job.folder}")
-    if len(job.pool) < max(options.counts):
-        raise ValueError(f"there are {len(job.pool)} pictures, and {max(options.counts)} are to stand together")
-    if options.dry_run:
-        return None
-    files = [job.folder / file.path.name for file in job.inputs] + [job.folder / SUMMARY]
-    if not missing and job.manifest.get("written") == job.written and all(file.exists() for file in files):
-        console.note(f"all of that is done: {job.folder}")
-        return json.loads((job.folder / SUMMARY).read_text())
-    with StopSignal(alone=True) as stop:
-        if missing:
-            job.answer(console, functools.partial(raise_if_asked, stop, "what was said is kept"))
-    job.books.mkdir(parents=True, exist_ok=True)
-    summary = job.finish()
-    console.note(", ".join(f"{what} {count}" for what, count in summary["counts"].items()))
-    most = max(options.counts) if options.form == "sequence" else 1
-    console.note(f"wrote {job.folder}; train with --data.pictures {most}")
-    return summary
+    return run_job(Job, config, options, console)
 
 
 def main(argv=None):
     """Runs the command."""
-    config, options = parse(Options, argv, description=__doc__)
-    with exit_when_stopped():
-        build(config, options)
+    run_command(build, *parse(Options, argv, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -8,41 +8,33 @@ goes on where it was; it takes one process.
 
 import collections
 import dataclasses
-import functools
-import json
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from napo_jax.answer_scores import Asked, ByClip, ByReward
-from napo_jax.bias.inputs import open_inputs, read_rows, write_output
+from napo_jax.bias.inputs import open_inputs, write_output
+from napo_jax.building import BuildOptions, run_command, run_job
 from napo_jax.command import exit_with_one_line
 from napo_jax.config import Config, parse
 from napo_jax.data.sources import DataError, read_columns
-from napo_jax.journal import exit_when_stopped, raise_if_asked
-from napo_jax.metrics import Console
 from napo_jax.model_source import absolute
-from napo_jax.pieces import read_manifest, write_durably, write_manifest
-from napo_jax.preemption import StopSignal
+from napo_jax.pieces import read_manifest, write_manifest
 from napo_jax.row_pieces import RowPieces
 
-BOOKS, SUMMARY = "ranking", "ranking/report.json"
+BOOKS = "ranking"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(BuildOptions):
     """The command's own options."""
 
-    # Parquet files with answers to each row, as `build_difficulty` writes them: paths, folders or globs, local or gs://.
-    input: tuple[str, ...] = ()
-    # The folder for the scores and the files with the pairs beside their rows. Local or gs://.
-    output: str | None = None
     # A folder of a whole CLIP checkpoint, such as openai/clip-vit-large-patch14-336.
     clip: str | None = None
     # In its place, a reward model: the workdir of its run, or the folder that was exported of it.
     reward: str | None = None
-    # The column of the answers, a list of texts.
+    # The column of the answers, a list of texts, as `build_difficulty` writes it.
     answers: str = "drawn"
     # Whether CLIP reads the question before each answer, for answers that say little alone; a reward model always does.
     with_question: bool = False
@@ -54,18 +46,12 @@ class Options:
     # The least that the best must fit. CLIP-DPO drops pictures that nothing fits, and does not say where it cuts. None:
     # 0 of the cosine, and any reward.
     least: float | None = None
-    # Say what would be done, and do nothing.
-    dry_run: bool = False
     # Rows that are computed at a time; for a reward model on each device of mesh.data x mesh.fsdp.
     batch: int = 16
-    # Rows that are written at a time: as many may be lost when the process is killed.
-    piece: int = 256
 
     def __post_init__(self):
         """Checks the numbers."""
-        for name in ("batch", "piece"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__post_init__()
         if (self.gap or 0) < 0 or self.longer < 1:
             raise ValueError(f"gap must not be negative and longer at least 1, got {self.gap} and {self.longer}")
         if self.clip is not None and self.reward is not None:
@@ -115,11 +101,8 @@ class Job:
 
     def __init__(self, config: Config, options: Options):
         """Looks at the files and what was done so far; raises one line if something cannot be used."""
-        if not options.input or options.output is None or (options.clip is None and options.reward is None):
-            raise ValueError(
-                "say what to read and where to write: --clip CLIP --input drawn/*.parquet --output ranked/, or "
-                "--reward RUN in place of --clip"
-            )
+        if options.clip is None and options.reward is None:
+            raise ValueError("say what tells which answer fits: --clip CLIP, or --reward RUN")
         self.options, self.data, self.folder = options, config.data, absolute(options.output)
         columns = dict(config.data.columns) | {"answers": options.answers}
         column = (ByClip if options.reward is None else ByReward).column
@@ -135,7 +118,7 @@ class Job:
         else:
             self.judge = ByReward(config, options.reward, batch=options.batch)
         self.root = config.data.image_root and str(absolute(config.data.image_root))
-        self.books = self.folder / BOOKS
+        self.books, self.sizes = self.folder / BOOKS, [file.rows for file in self.inputs]
         self.settings = self.judge.settings | {
             "answers": options.answers,
             "piece": options.piece,
@@ -144,36 +127,36 @@ class Job:
             "inputs": {file.path.name: file.bytes for file in self.inputs},
         }
         self.manifest = read_manifest(self.books, self.settings)
-        self.pieces = RowPieces(self.books, [file.rows for file in self.inputs], options.piece, Scored)
+        self.pieces = RowPieces(self.books, self.sizes, options.piece, Scored)
+        self.count_missing = self.pieces.count_missing
+        self.summary = self.books / "report.json"
+        self.files = [self.folder / file.path.name for file in self.inputs]
         # What is not told, the judge decides.
         told = {name: getattr(options, name) for name in ("gap", "least")}
         told = {name: getattr(self.judge, name) if value is None else value for name, value in told.items()}
         self.written = told | {"longer": options.longer}
 
-    def score(self, console, check):
+    def plan(self):
+        """Yields what a person wants to read before it starts."""
+        yield str(self.judge)
+        yield f"rows     {sum(self.sizes)} in {len(self.inputs)} file(s); {self.count_missing()} to go"
+
+    def build(self, console, check):
         """Scores the rows that lack it."""
         if not self.manifest:
             write_manifest(self.books, self.settings)
-        missing = self.pieces.missing()
-        done, total = 0, sum(len(rows) for _, rows in missing)
-        look = {"image_root": self.root, "exif": self.data.exif, "threads": self.data.threads}
-        for number, rows in missing:
-            found, waiting = {}, []
-            for row, asked in read_rows(self.inputs[number], set(rows), self._ask, **look):
-                if isinstance(asked, Scored):
-                    found[row] = asked
-                else:
-                    waiting.append((row, asked))
-                check()
-            waiting.sort(key=lambda each: each[1].tokens)  # rows of like lengths together, so that little is padding
-            for start in range(0, len(waiting), self.judge.batch):
-                some = waiting[start : start + self.judge.batch]
-                for (row, _), scores in zip(some, self.judge.scores([asked for _, asked in some]), strict=True):
-                    found[row] = Scored([round(score, 4) for score in scores], None)
-                check()
-            self.pieces.write(number, rows, found)
-            done += len(rows)
-            console.progress(f"{done} of {total} rows")
+        self.pieces.fill(self.inputs, self.data, self._ask, self._score, console, check)
+
+    def _score(self, waiting, check):
+        """Scores the answers of rows."""
+        found = {}
+        rows = sorted(waiting, key=lambda row: waiting[row].tokens)  # of like lengths together: little is padding
+        for start in range(0, len(rows), self.judge.batch):
+            some = rows[start : start + self.judge.batch]
+            for row, scores in zip(some, self.judge.scores([waiting[row] for row in some]), strict=True):
+                found[row] = Scored([round(score, 4) for score in scores], None)
+            check()
+        return found
 
     def _ask(self, _, record, values) -> Asked | Scored:
         """Returns what is to be scored of a row, or why nothing is; called on threads."""
@@ -204,40 +187,22 @@ class Job:
                 return {"fits": best, "fits_least": worst, self.judge.column: scores, "ranked_fault": fault}
 
             write_output(file, self.folder, file.rows, self.fields, made)
-        summary = {"rows": sum(file.rows for file in self.inputs), "pairs": dict(counts.most_common())}
-        write_durably(self.folder / SUMMARY, json.dumps(summary, indent=1))
-        write_manifest(self.books, read_manifest(self.books, self.settings)["settings"], self.written)
-        return summary
+        return {"rows": sum(self.sizes), "pairs": dict(counts.most_common())}
+
+    def says(self, counts):
+        """Yields what there is to say of the pairs."""
+        yield ", ".join(f"{what} {count}" for what, count in counts["pairs"].items())
+        yield f"wrote {self.folder}; train with --data.columns chosen fits rejected fits_least"
 
 
 def build(config: Config, options: Options, console=None):
     """Ranks the answers, or goes on with it; returns the counts."""
-    console, job = console or Console(), Job(config, options)
-    missing = job.pieces.missing()
-    console.note(str(job.judge))
-    to_go = sum(len(rows) for _, rows in missing)
-    console.note(f"rows     {sum(file.rows for file in job.inputs)} in {len(job.inputs)} file(s); {to_go} to go")
-    console.note(f"output   {job.folder}")
-    if options.dry_run:
-        return None
-    files = [job.folder / file.path.name for file in job.inputs] + [job.folder / SUMMARY]
-    if not missing and job.manifest.get("written") == job.written and all(file.exists() for file in files):
-        console.note(f"all of that is done: {job.folder}")
-        return json.loads((job.folder / SUMMARY).read_text())
-    with StopSignal(alone=True) as stop:
-        if missing:
-            job.score(console, functools.partial(raise_if_asked, stop, "what is scored is kept"))
-    summary = job.finish()
-    console.note(", ".join(f"{what} {count}" for what, count in summary["pairs"].items()))
-    console.note(f"wrote {job.folder}; train with --data.columns chosen fits rejected fits_least")
-    return summary
+    return run_job(Job, config, options, console)
 
 
 def main(argv=None):
     """Runs the command."""
-    config, options = parse(Options, argv, description=__doc__)
-    with exit_when_stopped():
-        build(config, options)
+    run_command(build, *parse(Options, argv, description=__doc__))
 
 
 if __name__ == "__main__":

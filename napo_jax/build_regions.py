@@ -6,31 +6,26 @@ the columns `keywords` and `region`, for the image variant `region`. Where that 
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
-import json
 from typing import Literal
 
 import jax
 import pyarrow as pa
 
-from napo_jax.bias.inputs import open_inputs, read_rows, write_output
+from napo_jax.bias.inputs import open_inputs, write_output
+from napo_jax.building import RowwiseOptions, run_command, run_job
 from napo_jax.command import exit_with_one_line
 from napo_jax.config import Config, parse
 from napo_jax.data.prompts import Prompter
-from napo_jax.journal import exit_when_stopped, raise_if_asked
-from napo_jax.metrics import Console
 from napo_jax.model_source import absolute, find_model
-from napo_jax.pieces import read_manifest, write_durably, write_manifest
-from napo_jax.preemption import StopSignal
-from napo_jax.processes import together
+from napo_jax.pieces import read_manifest, write_manifest
 from napo_jax.progress import wait_until
 from napo_jax.regions.chunks import find_chunks
 from napo_jax.regions.detector import Detector, files_of
 from napo_jax.regions.grounders import read_boxes, read_masks
 from napo_jax.regions.keywords import Ranking
-from napo_jax.regions.marker import Asked, Marked, Marker
+from napo_jax.regions.marker import Marked, Marker
 from napo_jax.regions.page import write_page
 from napo_jax.regions.spacy_chunks import SpacyChunks
 from napo_jax.row_pieces import RowPieces
@@ -38,7 +33,7 @@ from napo_jax.sharding import make_mesh
 from napo_jax.speaker import load_speaker
 
 _BY_MODEL = ("evidence", "attention")  # the grounders that run the model itself
-BOOKS, PAGE, SUMMARY = "regions", "regions.html", "regions/report.json"
+BOOKS, PAGE = "regions", "regions.html"
 _REGION = pa.struct({"rule": pa.string(), "exif": pa.bool_(), "side": pa.int64(), "bits": pa.binary()})
 _FIELDS = [
     pa.field("region", _REGION),
@@ -48,13 +43,9 @@ _FIELDS = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(RowwiseOptions):
     """The command's own options."""
 
-    # Parquet files of preferences: paths, folders or globs, local or gs://.
-    input: tuple[str, ...] = ()
-    # The folder for the pieces, the files with the regions beside their rows, and the page. Local or gs://.
-    output: str | None = None
     # What maps a keyword to places: "evidence", those that the model's own log-prob of the word depends on, and
     # "attention", those that it looks at; "boxes" or "masks", those of the column of that name, in pixels of the
     # upright picture; or "detector", those that another model finds.
@@ -75,22 +66,12 @@ class Options:
     spacy: str | None = None
     # How keywords are chosen.
     ranking: Ranking = dataclasses.field(default_factory=Ranking)
-    # The first so many rows alone, to try things out; without it the same command goes on with the rest.
-    limit: int | None = None
-    # Say what would be done, and do nothing.
-    dry_run: bool = False
     # Rows that are computed at a time on each device of mesh.data x mesh.fsdp.
     batch: int = 8
-    # Rows that are written at a time: as many may be lost when the process is killed.
-    piece: int = 256
-    # Whether this is one of several processes that work together, one for each host. Each has a model of its own.
-    distributed: bool = False
 
     def __post_init__(self):
         """Checks the numbers."""
-        for name in ("limit", "batch", "piece"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
         if not 0 <= self.layers[0] <= self.layers[1] <= 1:
@@ -106,8 +87,6 @@ class Job:
 
     def __init__(self, config: Config, options: Options):
         """Looks at the files, the model and what was done so far; raises one line if something cannot be used."""
-        if not options.input or options.output is None:
-            raise ValueError("say what to read and where to write: --input pairs/*.parquet --output regions/")
         self.folder, self.options, self.config = absolute(options.output), options, config
         data, columns = config.data, dict(config.data.columns)
         if options.grounder in ("boxes", "masks"):
@@ -137,6 +116,12 @@ class Job:
         self.settings = self._settings()
         self.manifest = read_manifest(self.books, self.settings)
         self.pieces = RowPieces(self.books, self.sizes, options.piece, Marked)
+        self.count_missing = self.pieces.count_missing
+        self.written = {"rows": sum(self.sizes)}
+        self.summary = self.books / "report.json"
+        # Those that have a row that is wanted, or none at all.
+        self.numbers = [number for number, file in enumerate(self.inputs) if self.sizes[number] or not file.rows]
+        self.files = [*(self.folder / self.inputs[number].path.name for number in self.numbers), self.folder / PAGE]
 
     def _settings(self):
         """Returns all that decides the regions, for JSON."""
@@ -162,35 +147,18 @@ class Job:
         by = f"{grounder} of {self.source}" if grounder in _BY_MODEL else f"{grounder} of the rows"
         by = f"detector {self.options.detector}" if grounder == "detector" else by
         yield f"regions  {self.options.ranking.count} keywords of each chosen answer, found by the {by}"
-        missing = sum(len(rows) for _, rows in self.pieces.missing())
-        yield f"rows     {sum(self.sizes)} in {len(self.inputs)} file(s); {missing} to go"
-        yield f"output   {self.folder}"
+        yield f"rows     {sum(self.sizes)} in {len(self.inputs)} file(s); {self.count_missing()} to go"
 
-    def mark(self, console, check):
+    def build(self, console, check):
         """Marks this process's share of the pieces."""
-        options = self.options
-        share = (jax.process_index(), jax.process_count()) if options.distributed else (0, 1)
-        ground = self._by_model() if options.grounder in _BY_MODEL else self._one_by_one
+        ground = self._by_model() if self.options.grounder in _BY_MODEL else self._one_by_one
         if jax.process_index() == 0 and not self.manifest:
             write_manifest(self.books, self.settings)
         wait_until(lambda: read_manifest(self.books, self.settings), check)
-        missing = self.pieces.missing(share)
-        done, total = 0, sum(len(rows) for _, rows in missing)
-        look = {"image_root": self.root, "exif": self.config.data.exif, "threads": self.config.data.threads}
-        work = lambda row, record, values: self.marker.ask(
+        ask = lambda row, record, values: self.marker.ask(
             record, read_boxes(values.get("boxes")), read_masks(values.get("masks"))
         )
-        for number, rows in missing:
-            found, waiting = {}, []
-            for row, asked in read_rows(self.inputs[number], set(rows), work, **look):
-                if isinstance(asked, Asked):
-                    waiting.append((row, asked))
-                else:
-                    found[row] = asked
-                check()
-            self.pieces.write(number, rows, found | ground(waiting, check))
-            done += len(rows)
-            console.progress(f"{done} of {total} rows")
+        self.pieces.fill(self.inputs, self.config.data, ask, ground, console, check, self.options.part)
 
     def _one_by_one(self, waiting, check):
         """Marks rows by what came with them, or by a detector."""
@@ -198,7 +166,7 @@ class Job:
             self.options.grounder, functools.partial(self.marker.by_detector, self.detector)
         )
         found = {}
-        for row, asked in waiting:
+        for row, asked in waiting.items():
             found[row] = mark(asked)
             check()
         return found
@@ -215,7 +183,7 @@ class Job:
 
         def ground(waiting, check):
             # Rows of like lengths are computed together, so that little is padding.
-            waiting = sorted(waiting, key=lambda each: len(each[1].prefix) + len(each[1].answer))
+            waiting = sorted(waiting.items(), key=lambda each: len(each[1].prefix) + len(each[1].answer))
             found = {}
             for start in range(0, len(waiting), batch):
                 rows, asked = zip(*waiting[start : start + batch], strict=True)
@@ -228,10 +196,8 @@ class Job:
     def finish(self) -> dict:
         """Writes the files with their regions, and the page, when all is marked; returns the counts."""
         counts, samples = collections.Counter(), []
-        for number, (file, size) in enumerate(zip(self.inputs, self.sizes, strict=True)):
-            if not size and file.rows:
-                continue
-            found = self.pieces.read(number)
+        for number in self.numbers:
+            file, size, found = self.inputs[number], self.sizes[number], self.pieces.read(number)
 
             def made(row, values, file=file, found=found):
                 marked = found[row]
@@ -244,47 +210,23 @@ class Job:
 
             write_output(file, self.folder, size, _FIELDS, made)
         summary = {"rows": sum(self.sizes), "regions": dict(counts.most_common())}
-        write_durably(self.folder / SUMMARY, json.dumps(summary, indent=1))
         write_page(self.folder / PAGE, summary, samples, self.marker, self.root)
-        settings = read_manifest(self.books, self.settings)["settings"]
-        write_manifest(self.books, settings, self.written)
         return summary
 
-    @property
-    def written(self) -> dict:
-        """What the manifest says of files that are written."""
-        return {"rows": sum(self.sizes)}
+    def says(self, counts):
+        """Yields what there is to say of the regions."""
+        yield ", ".join(f"{what} {count}" for what, count in counts["regions"].items())
+        yield f"wrote {self.folder}; see {self.folder / PAGE}"
 
 
 def build(config: Config, options: Options, console=None):
     """Marks the regions, or goes on with them; returns the counts, None where another process writes them."""
-    console, job = console or Console(), Job(config, options)
-    for line in job.plan():
-        console.note(line)
-    if options.dry_run:
-        return None
-    if not job.pieces.missing() and job.manifest.get("written") == job.written and (job.folder / PAGE).exists():
-        console.note(f"all of that is done: {job.folder / PAGE}")
-        return json.loads((job.folder / SUMMARY).read_text())
-    with StopSignal(alone=True) as stop:
-        check = functools.partial(raise_if_asked, stop, "what is marked is kept")
-        if job.pieces.missing():
-            job.mark(console, check)
-            wait_until(lambda: not job.pieces.missing(), check)
-        if jax.process_index() > 0:
-            wait_until(lambda: read_manifest(job.books, {}).get("written") == job.written, check)
-            return None
-    summary = job.finish()
-    console.note(", ".join(f"{what} {count}" for what, count in summary["regions"].items()))
-    console.note(f"wrote {job.folder}; see {job.folder / PAGE}")
-    return summary
+    return run_job(Job, config, options, console)
 
 
 def main(argv=None):
     """Runs the command."""
-    config, options = parse(Options, argv, description=__doc__)
-    with together() if options.distributed else contextlib.nullcontext(), exit_when_stopped():
-        build(config, options)
+    run_command(build, *parse(Options, argv, description=__doc__))
 
 
 if __name__ == "__main__":

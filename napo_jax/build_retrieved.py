@@ -6,10 +6,8 @@ others. The same command, given again, goes on where it was; it takes one proces
 """
 
 import dataclasses
-import functools
 import hashlib
 import io
-import json
 from pathlib import Path
 
 import jax
@@ -17,22 +15,20 @@ import numpy as np
 import pyarrow as pa
 
 from napo_jax.bias.inputs import image_root_of, open_inputs, write_output
+from napo_jax.building import BuildOptions, run_command, run_job
 from napo_jax.command import exit_with_one_line
 from napo_jax.config import Config, parse
 from napo_jax.data.loader import Pictures
 from napo_jax.data.records import default_cache, open_records
 from napo_jax.data.sources import RowError, read_image
 from napo_jax.data.store import PICTURE_DIGITS, read_picture
-from napo_jax.journal import exit_when_stopped, raise_if_asked
-from napo_jax.metrics import Console
 from napo_jax.model_source import absolute, find_model
 from napo_jax.pieces import read_manifest, write_durably, write_manifest
-from napo_jax.preemption import StopSignal
 from napo_jax.retrieval import nearest, picture_features
 from napo_jax.sharding import make_mesh, over_rows
 from napo_jax.speaker import load_speaker
 
-BOOKS, SUMMARY = "retrieval", "retrieval/report.json"
+BOOKS = "retrieval"
 _FIELDS = [
     pa.field("retrieved_image", pa.struct({"bytes": pa.binary(), "path": pa.string()})),
     pa.field("retrieved_cosine", pa.float32()),
@@ -40,19 +36,13 @@ _FIELDS = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(BuildOptions):
     """The command's own options."""
 
-    # Parquet files of preferences: paths, folders or globs, local or gs://.
-    input: tuple[str, ...] = ()
-    # The folder for the features and the files with the pictures beside their rows. Local or gs://.
-    output: str | None = None
     # Which picture: 1 for the most alike, 2 for the next one, and so on.
     rank: int = 1
     # Pictures whose cosine is above this are taken for the same one, saved twice, and passed over.
     most: float = 0.999
-    # Say what would be done, and do nothing.
-    dry_run: bool = False
     # Pictures that are computed at a time on each device of mesh.data x mesh.fsdp.
     batch: int = 32
     # Pictures that are written at a time: as many may be lost when the process is killed.
@@ -60,9 +50,9 @@ class Options:
 
     def __post_init__(self):
         """Checks the numbers."""
-        for name in ("rank", "batch", "piece"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not -1 <= self.most <= 1:
             raise ValueError(f"most is a cosine, from -1 to 1, got {self.most}")
 
@@ -72,8 +62,6 @@ class Job:
 
     def __init__(self, config: Config, options: Options):
         """Looks at the files, the pictures, the model and what was done so far."""
-        if not options.input or options.output is None:
-            raise ValueError("say what to read and where to write: --input pairs/*.parquet --output retrieved/")
         self.config, self.options, self.folder = config, options, absolute(options.output)
         data = config.data
         names = [field.name for field in _FIELDS]
@@ -101,6 +89,15 @@ class Job:
         self.manifest = read_manifest(self.books, self.settings)
         inputs = {file.path.name: file.bytes for file in self.inputs}
         self.written = {"rank": options.rank, "most": options.most, "inputs": inputs}
+        self.rows, self.summary = sum(file.rows for file in self.inputs), self.books / "report.json"
+        self.files = [self.folder / file.path.name for file in self.inputs]
+        if len(self.pictures) < 2:
+            raise ValueError("all rows have one picture: there is no other to find")
+
+    def plan(self):
+        """Yields what a person wants to read before it starts."""
+        yield f"model    {self.source}"
+        yield f"pictures {len(self.pictures)} of {self.rows} rows; {self.count_missing()} to go"
 
     def missing(self) -> list[range]:
         """Returns the pictures of the pieces that are not there yet."""
@@ -108,10 +105,14 @@ class Job:
         pieces = (range(start, min(start + size, count)) for start in range(0, count, size))
         return [piece for piece in pieces if not self._file(piece.start).exists()]
 
+    def count_missing(self) -> int:
+        """Returns how many pictures those are."""
+        return sum(map(len, self.missing()))
+
     def _file(self, start):
         return self.books / "pieces" / f"{start:09}.npy"
 
-    def compute(self, console, check):
+    def build(self, console, check):
         """Computes the features of the pictures that lack them."""
         model, mesh = self.config.model, make_mesh(self.config.mesh)
         speaker = load_speaker(self.source, mesh, dtype=model.dtype, attention=model.attention)
@@ -157,11 +158,12 @@ class Job:
 
             write_output(file, self.folder, file.rows, _FIELDS, made)
         quantiles = [round(float(np.quantile(found, q)), 4) for q in (0.05, 0.5, 0.95)] if found else None
-        rows = sum(file.rows for file in self.inputs)
-        summary = {"rows": rows, "pictures": len(self.pictures), "retrieved": len(found), "cosines": quantiles}
-        write_durably(self.folder / SUMMARY, json.dumps(summary, indent=1))
-        write_manifest(self.books, read_manifest(self.books, self.settings)["settings"], self.written)
-        return summary
+        return {"rows": self.rows, "pictures": len(self.pictures), "retrieved": len(found), "cosines": quantiles}
+
+    def says(self, counts):
+        """Yields what there is to say of the pictures."""
+        yield f"{counts['retrieved']} of {counts['rows']} rows have a picture; cosines {counts['cosines']}"
+        yield f"wrote {self.folder}"
 
 
 def _npy(array):
@@ -190,36 +192,12 @@ def _picture_of(values, root):
 
 def build(config: Config, options: Options, console=None):
     """Finds the pictures, or goes on with it; returns the counts."""
-    console, job = console or Console(), Job(config, options)
-    missing = job.missing()
-    console.note(f"model    {job.source}")
-    console.note(
-        f"pictures {len(job.pictures)} of {sum(file.rows for file in job.inputs)} rows; {sum(map(len, missing))} to go"
-    )
-    console.note(f"output   {job.folder}")
-    if len(job.pictures) < 2:
-        raise ValueError("all rows have one picture: there is no other to find")
-    if options.dry_run:
-        return None
-    files = [job.folder / file.path.name for file in job.inputs] + [job.folder / SUMMARY]
-    if not missing and job.manifest.get("written") == job.written and all(file.exists() for file in files):
-        console.note(f"all of that is done: {job.folder}")
-        return json.loads((job.folder / SUMMARY).read_text())
-    with StopSignal(alone=True) as stop:
-        check = functools.partial(raise_if_asked, stop, "what is computed is kept")
-        if missing:
-            job.compute(console, check)
-    summary = job.finish()
-    console.note(f"{summary['retrieved']} of {summary['rows']} rows have a picture; cosines {summary['cosines']}")
-    console.note(f"wrote {job.folder}")
-    return summary
+    return run_job(Job, config, options, console)
 
 
 def main(argv=None):
     """Runs the command."""
-    config, options = parse(Options, argv, description=__doc__)
-    with exit_when_stopped():
-        build(config, options)
+    run_command(build, *parse(Options, argv, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import numpy as np
 
 from napo_jax.data.order import NO_GROUP
 from napo_jax.losses import reward_loss, simpo_loss
-from napo_jax.objective import Objective, Term, split_cell
+from napo_jax.objective import Objective
 from napo_jax.scorer import Chosen, make_scorer
+from napo_jax.term import Term, split_cell
 
 ABLATED = "image_ablated"  # the term's name in metrics
 _NO_PICTURE = "black"

@@ -12,9 +12,9 @@ import tempfile
 import jax.numpy as jnp
 from etils import epath
 
+from napo_jax.models import LlavaConfig
 from napo_jax.models.clip import ClipConfig
 from napo_jax.models.llama import LlamaConfig
-from napo_jax.models.llava import LlavaConfig
 
 _MOST = 2**31  # and beyond of what a config counts
 # Our field -> the field in a config.json and what `transformers` takes where a file has none.

@@ -43,17 +43,6 @@ def exit_when_stopped():
         os._exit(status)  # JAX would have it wait for the others, which wait for it
 
 
-def raise_if_asked(stop, kept):
-    """Raises StoppedError if a process was asked to end.
-
-    Args:
-      stop: the `StopSignal`.
-      kept: what the message says of the work so far.
-    """
-    if stop.got:
-        raise StoppedError(f"asked to stop: {kept}, and the same command goes on from there", TERMINATED)
-
-
 class Journal:
     """Takes in steps and evaluations.
 

@@ -3,10 +3,41 @@
 Each chunk is computed again in the backward pass. Logits and everything after them are float32.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from napo_jax.objective import Edited, Logps
+
+class Edited(NamedTuple):
+    """The part of an answer's log-probs that lies in the spans where it differs from its counterpart, float[B] each."""
+
+    sum: jax.Array
+    mean: jax.Array  # over those tokens
+    share: jax.Array  # of them in the answer's tokens
+
+
+class Logps(NamedTuple):
+    """Log-probs of one cell for a batch: summed and averaged over the answer's tokens, float[B] each."""
+
+    sum: jax.Array
+    mean: jax.Array
+
+
+class DetailedLogps(NamedTuple):
+    """The same with what some terms read besides, float[B] each; without sum and mean if no term reads log-probs."""
+
+    sum: jax.Array | None
+    mean: jax.Array | None
+    edited: Edited | None = None  # if a term weighs edited spans
+    kl: jax.Array | None = None  # summed KL(reference || policy), of the policy alone and if a term reads it
+    reward: jax.Array | None = None  # of the reward head, of the policy alone and if a term reads it
+
+    def weighing_edits(self, weight):
+        """Returns the log-probs in which a token of an edited span counts 1 + weight times."""
+        total = self.sum + weight * self.edited.sum
+        whole = 1 + weight * self.edited.share
+        return Logps(total, (self.mean + weight * self.edited.share * self.edited.mean) / whole)
 
 
 def token_logps(hidden, head, targets, *, chunk):

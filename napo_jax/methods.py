@@ -22,7 +22,8 @@ from napo_jax.losses import (
     softmax_preference_loss,
     token_kl_loss,
 )
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
+from napo_jax.term import Term
 
 
 def napo(beta: float = 0.1, weight: float | Literal["dynamic"] = "dynamic") -> Objective:

@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from napo_jax.logps import Logps
 from napo_jax.losses import mixed_reference_logps
-from napo_jax.objective import Logps, split_cell
+from napo_jax.term import split_cell
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from napo_jax import hub_files, tensor_files
-from napo_jax.models.llava import LlavaConfig
+from napo_jax.models import LlavaConfig
 from napo_jax.models.lora import is_adapter
 from napo_jax.reward_head import is_reward_head, write_head
 from napo_jax.weights import new_folder, tensor_name

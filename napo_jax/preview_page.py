@@ -8,8 +8,8 @@ from PIL import Image
 
 from napo_jax.data import images
 from napo_jax.html_page import Markup, picture_url, table, write_html
-from napo_jax.objective import split_cell
 from napo_jax.score import pictures_of
+from napo_jax.term import split_cell
 
 _STYLE = """
 .pictures { display: flex; flex-wrap: wrap; gap: .8rem; margin: .6rem 0; } .pictures img { width: 11rem; }

@@ -19,8 +19,8 @@ from etils import epath
 
 from napo_jax.data.corruptions import BATCH_DEPENDENT
 from napo_jax.data.loader import Pictures
-from napo_jax.objective import split_cell
 from napo_jax.sharding import replicated
+from napo_jax.term import split_cell
 
 _FORMAT = 1  # of the pieces, and of the computation behind them; another number makes all anew
 _NOTHING_DRAWN = frozenset({"clean", "black", "white", "mean", "rejected_image"})  # image variants that no seed decides

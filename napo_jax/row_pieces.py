@@ -2,6 +2,7 @@
 
 import json
 
+from napo_jax.bias.inputs import read_rows
 from napo_jax.pieces import write_durably
 
 _PIECES = "pieces"
@@ -36,6 +37,34 @@ class RowPieces:
         there = {file.name for file in self._folder.glob("*.json")} if self._folder.is_dir() else set()
         mine = list(self._ranges.items())[index::count]
         return [(number, rows) for (number, start), rows in mine if _name(number, start) not in there]
+
+    def count_missing(self) -> int:
+        """Returns how many rows are in none yet."""
+        return sum(len(rows) for _, rows in self.missing())
+
+    def fill(self, inputs, data, ask, answer, console, check, share=(0, 1)):
+        """Finds what is missing, and writes it piece by piece.
+
+        Args:
+          inputs: list of `InputFile`.
+          data: how rows are read, a `DataConfig`.
+          ask: as `read_rows` has its `work`: returns what is found of a row, or what has to be asked about it.
+          answer: ({row: what is asked}, check) -> {row: what is found}.
+          console: shows how far it is.
+          check: called after each row; raises to end it.
+          share: as for `missing`.
+        """
+        missing = self.missing(share)
+        done, total = 0, sum(len(rows) for _, rows in missing)
+        for number, rows in missing:
+            found, asked = {}, {}
+            look = {"image_root": data.image_root, "exif": data.exif, "threads": data.threads}
+            for row, one in read_rows(inputs[number], set(rows), ask, **look):
+                (found if isinstance(one, self._kind) else asked)[row] = one
+                check()
+            self.write(number, rows, found | answer(asked, check))
+            done += len(rows)
+            console.progress(f"{done} of {total} rows")
 
     def write(self, number, rows, found):
         """Writes a piece.

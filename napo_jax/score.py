@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 from napo_jax.data.corruptions import image_variants
 from napo_jax.data.images import normalise
+from napo_jax.logps import DetailedLogps
 from napo_jax.models import Groups
 from napo_jax.models.packing import Packing
-from napo_jax.objective import DetailedLogps
 
 
 def score(model, params, batch, objective, *, reference=False, dropout=None, kl_to=None):

@@ -13,9 +13,9 @@ import numpy as np
 from loader_run import dataset_of
 
 from napo_jax import reference, scorer
+from napo_jax.logps import Logps
 from napo_jax.methods import napo
 from napo_jax.models import Llava, LlavaConfig
-from napo_jax.objective import Logps
 from napo_jax.sharding import MeshConfig, make_mesh
 
 ROWS, BATCH, PIECE = 37, 4, 6

@@ -16,7 +16,7 @@ from quick import quick_jit
 from speaking_model import write_speaking_model
 from test_torture import GOOD, ROWS
 
-from napo_jax import build_bias
+from napo_jax.bias import work
 from napo_jax.bias.masks import Recipe
 from napo_jax.build_bias import Options, build, main
 from napo_jax.command import exit_with_one_line
@@ -35,7 +35,7 @@ NAMES = ("question_only", "image_only")
 
 @pytest.fixture(autouse=True)
 def fast_compiles(monkeypatch):
-    monkeypatch.setattr(build_bias.jax, "jit", quick_jit)
+    monkeypatch.setattr(jax, "jit", quick_jit)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def run(folder, name, devices=1, mesh=None, source="in", model=None, data=None, 
     options = {"decoding": DECODING, "slots": 4, "piece": 5} | options
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_bias, "make_mesh", lambda config, _: make_mesh(config, jax.devices()[:devices]))
+        patch.setattr(work, "make_mesh", lambda config, _: make_mesh(config, jax.devices()[:devices]))
         config = dataclasses.replace(config_of(model or folder, **data or {}), mesh=mesh or MeshConfig())
         everything = Options(input=(str(folder / source),), output=str(folder / name), **options)
         summary = build(config, everything, Console(said))
@@ -79,7 +79,7 @@ def run(folder, name, devices=1, mesh=None, source="in", model=None, data=None, 
 def whole(folder):
     """What an uninterrupted build on one device writes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_bias.jax, "jit", quick_jit)
+        patch.setattr(jax, "jit", quick_jit)
         return run(folder, "whole")
 
 
@@ -171,7 +171,7 @@ def test_rotten_rows_are_counted_and_shift_nothing(folder):
 def test_filters_are_switched_without_saying_anything_again(folder, monkeypatch):
     first, summary, _ = run(folder, "filters", decoding=Decoding(max_tokens=8))
     assert summary["answers"]["question_only"]["faults"]["cut"] > 2
-    monkeypatch.setattr(build_bias, "load_speaker", None)
+    monkeypatch.setattr(work, "load_speaker", None)
     every, summary, said = run(folder, "filters", decoding=Decoding(max_tokens=8), filters=())
     assert summary["answers"]["question_only"]["faults"] == {}
     assert "filters                   none" in (folder / "filters" / "report.txt").read_text()
@@ -197,7 +197,7 @@ def test_some_rows_first_and_then_the_rest(folder, whole):
 
 
 def test_a_dry_run_writes_nothing(folder, monkeypatch):
-    monkeypatch.setattr(build_bias, "load_speaker", None)
+    monkeypatch.setattr(work, "load_speaker", None)
     rows, _, said = run(folder, "dry", dry_run=True)
     assert rows is None
     assert not (folder / "dry").exists()

@@ -117,7 +117,7 @@ def test_who_is_asked_to_end_keeps_all_that_was_said(folder, whole):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert "asked to stop: what was said is kept, and the same command goes on from there" in error
+    assert "asked to stop: what is done is kept, and the same command goes on from there" in error
     assert pieces(folder, "asked") == 1
     said = finish(start(folder, "asked", piece=1000))
     assert int(said.partition(" answers to go")[0].rpartition(" ")[2]) <= ROWS

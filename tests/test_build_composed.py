@@ -15,7 +15,7 @@ from speaking_model import write_speaking_model
 from test_build_regions import config_of, row
 from torch_llava import params_of, tiny_config, torch_llava
 
-from napo_jax import build_composed
+from napo_jax import build_composed, building
 from napo_jax.build_composed import Options, build, main
 from napo_jax.command import exit_with_one_line
 from napo_jax.composed.misplaced import Selection
@@ -162,12 +162,12 @@ def test_the_rejected_answer_is_the_models_with_its_share_of_attention(folder, s
 def test_what_was_said_is_kept_and_chosen_from_anew(folder, sequences, monkeypatch):
     asked = []
 
-    def stop(signal, kept):
-        asked.append(kept)
+    def stop(signal):
+        asked.append(signal)
         if len(asked) == 12:
             raise StoppedError("asked", 143)
 
-    monkeypatch.setattr(build_composed, "raise_if_asked", stop)
+    monkeypatch.setattr(building, "raise_if_asked", stop)
     with pytest.raises(StoppedError):
         run(folder, "stopped", pictures=(2,))
     monkeypatch.undo()

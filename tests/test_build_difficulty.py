@@ -12,7 +12,7 @@ from quick import quick_jit
 from speaking_model import write_speaking_model
 from test_build_bias import config_of, row
 
-from napo_jax import build_bias
+from napo_jax.bias import work
 from napo_jax.build_difficulty import Options, build, main
 from napo_jax.command import exit_with_one_line
 from napo_jax.data.sources import DataError
@@ -88,8 +88,8 @@ def run(folder, name, **options):
     said = io.StringIO()
     options = {"answers": 3, "decoding": DRAWN, "slots": 4, "piece": 4} | options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_bias.jax, "jit", quick_jit)
-        patch.setattr(build_bias, "make_mesh", lambda config, _: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(jax, "jit", quick_jit)
+        patch.setattr(work, "make_mesh", lambda config, _: make_mesh(config, jax.devices()[:1]))
         summary = build(
             config_of(folder), Options(input=(str(folder / "in"),), output=str(folder / name), **options), Console(said)
         )

@@ -199,7 +199,7 @@ def test_regions_are_those_of_each_row_alone(folder, marked):
     job = Job(config_of(folder), Options(input=(str(folder / "in"),), output=str(folder / "alone")))
     ground = job._by_model()
     (asked,) = [job.marker.ask(record) for record in [_record(rows[1])]]
-    alone = ground([(1, asked)], lambda: None)[1]
+    alone = ground({1: asked}, lambda: None)[1]
     assert (alone.keywords, bytes.fromhex(alone.bits)) == (rows[1]["keywords"], rows[1]["region"]["bits"])
     text = rows[1]["chosen"]
     for word in asked.words:

@@ -13,7 +13,7 @@ from quick import quick_jit
 from speaking_model import write_speaking_model
 from test_build_regions import config_of, row
 
-from napo_jax import build_retrieved
+from napo_jax import build_retrieved, building
 from napo_jax.build_retrieved import Options, build, main
 from napo_jax.command import exit_with_one_line
 from napo_jax.data.dataset import open_dataset
@@ -135,12 +135,12 @@ def test_each_row_has_the_nearest_other_picture(folder, retrieved):
 def test_what_is_computed_is_kept(folder, retrieved, monkeypatch):
     asked = []
 
-    def stop(signal, kept):
-        asked.append(kept)
+    def stop(signal):
+        asked.append(signal)
         if len(asked) == 3:
             raise StoppedError("asked", 143)
 
-    monkeypatch.setattr(build_retrieved, "raise_if_asked", stop)
+    monkeypatch.setattr(building, "raise_if_asked", stop)
     with pytest.raises(StoppedError):
         run(folder, "stopped")
     monkeypatch.undo()

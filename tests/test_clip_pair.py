@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from napo_jax import build_ranked
+from napo_jax import building
 from napo_jax.build_ranked import Options, build, choose, main
 from napo_jax.command import exit_with_one_line
 from napo_jax.config import load_config
@@ -170,12 +170,12 @@ def test_rows_get_the_answers_that_fit_best_and_least(drawn, folder, clip, tmp_p
     # Stopped, it goes on; other limits need no new scores; other words for CLIP are another output.
     asked = []
 
-    def stop(signal, kept):
-        asked.append(kept)
+    def stop(signal):
+        asked.append(signal)
         if len(asked) == 6:
             raise StoppedError("asked", 143)
 
-    monkeypatch.setattr(build_ranked, "raise_if_asked", stop)
+    monkeypatch.setattr(building, "raise_if_asked", stop)
     with pytest.raises(StoppedError):
         run(drawn, folder, tmp_path / "stopped")
     monkeypatch.undo()

@@ -12,7 +12,8 @@ from test_dataset import open_with, png
 from napo_jax.data.order import NO_GROUP, Order, Stages, thirds
 from napo_jax.data.records import DataError
 from napo_jax.losses import sft_loss
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
+from napo_jax.term import Term
 
 SFT = Objective((Term("text", sft_loss, "chosen"),))
 BUCKET_OF = np.random.default_rng(0).integers(0, 3, 100)

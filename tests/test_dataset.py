@@ -21,7 +21,8 @@ from napo_jax.data.sources import RowError
 from napo_jax.losses import dpo_loss, sft_loss, softmax_preference_loss
 from napo_jax.methods import napo
 from napo_jax.models import LlavaConfig
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
+from napo_jax.term import Term
 
 ANSWERS = ("chosen", "rejected", "question_only", "image_only")
 

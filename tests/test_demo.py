@@ -7,8 +7,9 @@ import json
 import jax
 import pytest
 
-from napo_jax import build_bias, demo
+from napo_jax import demo
 from napo_jax import train as trainer
+from napo_jax.bias import work
 from napo_jax.demo import Options, as_table
 from napo_jax.metrics import Console
 from napo_jax.sharding import make_mesh
@@ -33,7 +34,7 @@ def run(tmp_path_factory):
     # A command runs by JAX's own rules; optax, in a whole training, does not keep to those of the other tests.
     one = jax.devices()[:1]  # as a laptop has
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        for module in (demo, build_bias, trainer):
+        for module in (demo, work, trainer):
             patch.setattr(module, "make_mesh", lambda config, *_: make_mesh(config, one))
         patch.setattr(demo, "cure", lambda: config)
         patch.setattr(examine, "EXAMS", FEW)

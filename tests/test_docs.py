@@ -156,7 +156,7 @@ def test_every_flag_that_a_page_names_is_there():
 
 def test_every_objective_that_the_page_for_newcomers_names_is_there():
     from napo_jax import losses, methods
-    from napo_jax.objective import Term
+    from napo_jax.term import Term
 
     text = (DOCS / "migrating.md").read_text()
     called = re.findall(r"(?:methods\.|objective=)(\w+)\((\w*)", text)

@@ -17,9 +17,9 @@ from napo_jax.data.dataset import open_dataset
 from napo_jax.data.edits import edited_tokens
 from napo_jax.data.order import NO_GROUP
 from napo_jax.evaluation import HeldOut
+from napo_jax.logps import DetailedLogps, Edited, Logps
 from napo_jax.losses import token_kl_loss
 from napo_jax.models import Groups, Llava, LlavaConfig
-from napo_jax.objective import DetailedLogps, Edited, Logps
 from napo_jax.optim import OptimizerConfig, flatten, make_optimizer, split_trained
 from napo_jax.reference import open_reference
 from napo_jax.score import pictures_of, score

@@ -14,8 +14,8 @@ from napo_jax.data.dataset import _hold_out
 from napo_jax.data.order import NO_GROUP
 from napo_jax.data.store import PICTURE_DIGITS
 from napo_jax.evaluation import HeldOut, with_ablation
+from napo_jax.logps import Logps
 from napo_jax.methods import napo, napo_released
-from napo_jax.objective import Logps
 from napo_jax.optim import unflatten
 from napo_jax.reference import open_reference
 from napo_jax.score import score

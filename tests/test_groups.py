@@ -14,7 +14,8 @@ from napo_jax.data.prompts import IMAGE_SLOT, Prompter
 from napo_jax.data.records import DataError
 from napo_jax.losses import anchor_loss, dpo_loss
 from napo_jax.methods import napo
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
+from napo_jax.term import Term
 
 IMAGE_TOKENS = 16
 PROMPTER = Prompter(byte_tokenizer(), "llava_v1", IMAGE_TOKENS)

@@ -18,10 +18,10 @@ from quick import quick_jit
 from napo_jax import Objective, Term, methods
 from napo_jax.config import load_config
 from napo_jax.data.dataset import open_dataset
+from napo_jax.logps import DetailedLogps, Edited, Logps
 from napo_jax.losses import sft_loss
 from napo_jax.model_source import find_model, load_leaves
 from napo_jax.models import Llava
-from napo_jax.objective import DetailedLogps, Edited, Logps
 from napo_jax.optim import OptimizerConfig, make_optimizer, split_trained, unflatten
 from napo_jax.score import score
 from napo_jax.sharding import MeshConfig, make_mesh, replicated

@@ -13,9 +13,9 @@ from speaking_model import write_speaking_model
 from napo_jax import train as training
 from napo_jax.config import load_config
 from napo_jax.data.order import NO_GROUP
+from napo_jax.logps import Logps
 from napo_jax.metrics import Console
 from napo_jax.mixed_reference import MixedReference, Mixing, mix
-from napo_jax.objective import Logps
 from napo_jax.sharding import make_mesh
 
 RANDOM = np.random.default_rng(4)

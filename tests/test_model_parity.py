@@ -13,8 +13,8 @@ from napo_jax.models import IMAGE_SLOT, Llava, LlavaConfig
 from napo_jax.models.clip import ClipLayer, ClipTower
 from napo_jax.models.layout import Layout, rope_tables, rotate
 from napo_jax.models.llama import Attention, DecoderLayer, Mlp, RmsNorm
-from napo_jax.models.llava import _Projector
 from napo_jax.models.mixing import WholeGroups
+from napo_jax.models.network import Projector
 
 logits = quick_jit(Llava.logits, static_argnums=0)
 
@@ -102,7 +102,7 @@ def test_projector(pair):
     x = 2 * noise(2, 16, config.vision.width)
     projector = model.model.multi_modal_projector
     params = params_of(model)["projector"]
-    got = _Projector(config.text.width, jnp.float32, jnp.float32).apply({"params": params}, x)
+    got = Projector(config.text.width, jnp.float32, jnp.float32).apply({"params": params}, x)
     close(got, projector(torch.from_numpy(x)), 1e-5)
     tanh_gelu = jax.nn.gelu(x @ params["up"]["kernel"] + params["up"]["bias"][None, None], approximate=True)
     wrong = tanh_gelu @ params["down"]["kernel"] + params["down"]["bias"][None, None]

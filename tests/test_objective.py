@@ -11,7 +11,7 @@ import pytest
 from napo_jax import Objective, Term, dpo_loss, napo_loss
 from napo_jax.losses import anchor_loss, sft_loss, simpo_loss, single_sigmoid_loss, softmax_preference_loss
 from napo_jax.methods import dpo, napo, napo_released
-from napo_jax.objective import split_cell
+from napo_jax.term import split_cell
 
 P = jax.sharding.PartitionSpec
 CELLS = ("chosen", "rejected", "question_only", "image_only", "chosen@crop")

@@ -147,7 +147,7 @@ def test_image_variants_are_shown(file, tmp_path):
     source.write_text(
         "from napo_jax.config import Config, DataConfig, ModelConfig\n"
         "from napo_jax.losses import dpo_loss\n"
-        "from napo_jax.objective import Objective, Term\n"
+        "from napo_jax import Objective, Term\n"
         "def get_config():\n"
         "    terms = [Term('text', dpo_loss, 'chosen', 'rejected')]\n"
         "    terms += [Term(v, dpo_loss, 'chosen', f'chosen@{v}') for v in ('black', 'diffusion')]\n"

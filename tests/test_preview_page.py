@@ -17,9 +17,10 @@ from napo_jax.data.prompts import Prompter
 from napo_jax.html_page import Markup, table
 from napo_jax.losses import dpo_loss
 from napo_jax.model_source import find_model
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
 from napo_jax.preview import summarise
 from napo_jax.preview_page import write_page
+from napo_jax.term import Term
 
 VARIANTS = ("clean", "diffusion", "shuffle_patches", "swap")
 OBJECTIVE = Objective([Term(v, dpo_loss, "chosen", f"chosen@{v}") for v in VARIANTS[1:]])

@@ -32,11 +32,12 @@ from napo_jax.data.order import NO_GROUP
 from napo_jax.losses import dpo_loss, simpo_loss
 from napo_jax.methods import napo
 from napo_jax.models import Llava, LlavaConfig
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
 from napo_jax.reference import open_reference
 from napo_jax.reference_cache import Pieces, cache_settings, weights_digest
 from napo_jax.score import score, valid_cells
 from napo_jax.sharding import MeshConfig, make_mesh, shard_params
+from napo_jax.term import Term
 
 
 @pytest.fixture

@@ -19,25 +19,27 @@ from etils import epath
 from quick import quick_jit
 from torch_llava import params_of, tiny_config, torch_llava
 
-from napo_jax import answer_scores, build_ranked, evaluation, export, load_pretrained, methods, tensor_files
+from napo_jax import answer_scores, build_ranked, building, evaluation, export, load_pretrained, methods, tensor_files
 from napo_jax import train as training
 from napo_jax.build_ranked import Options, build
 from napo_jax.command import exit_with_one_line
 from napo_jax.config import ModelConfig, load_config
 from napo_jax.data.dataset import open_dataset
 from napo_jax.journal import StoppedError
+from napo_jax.logps import DetailedLogps, Logps
 from napo_jax.losses import dpo_loss, reward_loss
 from napo_jax.metrics import Console
 from napo_jax.model_source import Run, find_model, load_trained
 from napo_jax.models import IMAGE_SLOT, Groups, Llava, Packing
 from napo_jax.models.lora import LoraConfig
-from napo_jax.objective import DetailedLogps, Logps, Objective, Term
+from napo_jax.objective import Objective
 from napo_jax.optim import OptimizerConfig, flatten, make_optimizer, split_trained
 from napo_jax.score import score
 from napo_jax.sharding import MeshConfig, make_mesh
 from napo_jax.speaker import load_speaker
 from napo_jax.start import load_parts, make_model
 from napo_jax.step import Frozen, init_state, make_train_step
+from napo_jax.term import Term
 from napo_jax.world.configs import cure
 from napo_jax.world.records import write_pairs
 
@@ -393,12 +395,12 @@ def test_answers_are_ranked_by_their_rewards(drawn, monkeypatch):
     assert [one["reward_scores"] for one in stricter] == [one["reward_scores"] for one in rows]
     asked = []
 
-    def stop(signal, kept):
-        asked.append(kept)
+    def stop(signal):
+        asked.append(signal)
         if len(asked) == 6:
             raise StoppedError("asked", 143)
 
-    monkeypatch.setattr(build_ranked, "raise_if_asked", stop)
+    monkeypatch.setattr(building, "raise_if_asked", stop)
     with pytest.raises(StoppedError):
         rank(drawn, "stopped", drawn / "whole")
     monkeypatch.undo()

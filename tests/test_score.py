@@ -14,8 +14,9 @@ from napo_jax.data.dataset import open_dataset
 from napo_jax.data.images import MEAN, STD
 from napo_jax.losses import dpo_loss
 from napo_jax.models import Groups, Llava, LlavaConfig
-from napo_jax.objective import Objective, Term, split_cell
+from napo_jax.objective import Objective
 from napo_jax.score import score, valid_cells
+from napo_jax.term import Term, split_cell
 
 THREE_IMAGES = Objective(
     (

@@ -31,11 +31,12 @@ from napo_jax.methods import mfpo, mia_dpo
 from napo_jax.model_source import find_model, random_shape
 from napo_jax.models import IMAGE_SLOT, Groups, Llava
 from napo_jax.models.packing import Packing
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
 from napo_jax.plan import _batch, _bucket
 from napo_jax.preview import as_text, summarise
 from napo_jax.preview_page import write_page
 from napo_jax.score import pictures_of
+from napo_jax.term import Term
 
 CONFIG = tiny_config(kv_heads=2, remat="none")
 MODEL, TORCH = Llava(CONFIG), torch_llava(CONFIG, seed=21)

@@ -16,7 +16,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 import tyro
 
 from napo_jax.config import Config
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
+from napo_jax.term import Term
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "config.md"

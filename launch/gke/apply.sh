@@ -34,40 +34,13 @@ folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 source "$folder/../common.sh"
 
-name="" image="" type="" topology="" bucket="" context="" delete=false spot=false flags=()
+texts="--name --image --type --topology --bucket --context --namespace --service-account"
+counts="--chips --workers --slices --grace" numbers="--retries" switches="--spot --delete"
+name="" image="" type="" topology="" bucket="" context="" delete=false spot=false
 namespace=default service_account=default chips=0 workers=0 slices=1 grace=900 retries=10
-while (($#)); do
-    case $1 in
-        --name | --image | --type | --topology | --bucket | --context | --namespace | --service-account)
-            needs "$1" $# "${2:-}"
-            variable=${1#--}
-            printf -v "${variable//-/_}" %s "$2"
-            shift
-            ;;
-        --chips | --workers | --slices | --grace | --retries)
-            needs "$1" $# "${2:-}"
-            number "$1" "$2" "$([[ $1 == --retries ]] && echo 0 || echo 1)"
-            printf -v "${1#--}" %s "$((10#$2))"
-            shift
-            ;;
-        --spot) spot=true ;;
-        --delete) delete=true ;;
-        --dry-run) dry_run=true ;;
-        --)
-            shift
-            flags=("$@")
-            break
-            ;;
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        *) wrong "unknown argument '$1' (the flags of the training come after --)" ;;
-    esac
-    shift
-done
+read_flags "$@"
 
-if [[ -z $name ]]; then wrong "--name is missing"; fi
+required name
 cloud_name --name "$name"
 cloud_name --namespace "$namespace"
 cloud_name --service-account "$service_account"
@@ -81,9 +54,7 @@ if "$delete"; then
     exit
 fi
 
-for flag in image type; do
-    if [[ -z ${!flag} ]]; then wrong "--$flag is missing"; fi
-done
+required image type
 if ((chips == 0)); then wrong "--chips is missing"; fi
 if ((${#flags[@]} == 0)); then wrong "there is no -- with the flags of napo_jax.train"; fi
 for flag in image type topology bucket; do # they stand in YAML as they are

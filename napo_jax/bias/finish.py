@@ -5,25 +5,24 @@ import json
 
 import pyarrow as pa
 
-from napo_jax.bias.filters import FILTERS, find_fault
+from napo_jax.bias.filters import find_fault
 from napo_jax.bias.inputs import SUFFIXES, write_output
 from napo_jax.bias.report import Report, Row, Said, as_text, write_page
-from napo_jax.bias.work import BOOKS, Work
+from napo_jax.bias.work import Work
 from napo_jax.data.sources import RowError, read_image, read_question, read_text
 from napo_jax.decoding import Decoding
-from napo_jax.pieces import Line, read_manifest, write_durably, write_manifest
+from napo_jax.pieces import Line, read_manifest, write_durably
 
-SUMMARY, PAGE, TEXT = f"{BOOKS}/report.json", "report.html", "report.txt"  # where the report is
+PAGE, TEXT = "report.html", "report.txt"  # where the report is, beside the files
 # Settings that go with every row.
 _PROVENANCE = ("model", "weights", "dtype", "template", "tokenizer", "image_rule", "decoding")
 
 
-def finish(work: Work, written, filters=FILTERS) -> dict:
+def finish(work: Work, filters) -> dict:
     """Writes the files with their answers, and the report, when all is said; returns the report's summary.
 
     Args:
       work: the `Work`.
-      written: what the manifest is to say of it, a dict for JSON.
       filters: names of the faults that take an answer out.
     """
     settings = read_manifest(work.books, work.settings)["settings"]
@@ -52,10 +51,8 @@ def finish(work: Work, written, filters=FILTERS) -> dict:
 
         write_output(file, work.folder, work.wanted(number), fields, judge)
     summary = report.summary()
-    write_durably(work.folder / SUMMARY, json.dumps(summary, indent=1))
     write_durably(work.folder / TEXT, as_text(summary) + "\n")
     write_page(work.folder / PAGE, report, work.picture)
-    write_manifest(work.books, settings, written)
     return summary
 
 

@@ -21,7 +21,7 @@ from napo_jax.data.edits import edited_tokens
 from napo_jax.data.order import NO_GROUP
 from napo_jax.data.prompts import IMAGE, IMAGE_SLOT, PromptError
 from napo_jax.data.records import DataError
-from napo_jax.objective import split_cell
+from napo_jax.term import split_cell
 
 _FORMAT = 1  # of the table's files; another number makes them anew
 _ROWS_AT_ONCE = 1024

@@ -5,7 +5,8 @@ S = M P + C T all tokens of a group, N image tokens, D width, H heads, G key-val
 K width of a head, V vocabulary. Packed, a group has U places for tokens, A of them for those of its answers.
 """
 
-from napo_jax.models.llava import IMAGE_SLOT, Groups, Llava, LlavaConfig
+from napo_jax.models.llava import Groups, Llava
+from napo_jax.models.network import IMAGE_SLOT, LlavaConfig
 from napo_jax.models.packing import Packing
 
 __all__ = ["IMAGE_SLOT", "Groups", "Llava", "LlavaConfig", "Packing"]

@@ -8,8 +8,9 @@ from pathlib import Path
 from napo_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from napo_jax.losses import sft_loss
 from napo_jax.methods import napo
-from napo_jax.objective import Objective, Term
+from napo_jax.objective import Objective
 from napo_jax.optim import OptimizerConfig
+from napo_jax.term import Term
 
 BASE = Path(__file__).parent / "base"  # the base model and the pairs with its biased answers, as they are shipped
 BETA = 1.0  # how far NaPO lets the model go; answers of five words tell less than those that 0.1 is the custom for
