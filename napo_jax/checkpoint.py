@@ -25,6 +25,10 @@ from napo_jax.checksums import FOLDER, SumsSave, seal
 from napo_jax.damage import find_damage, saves_set_aside, set_aside
 from napo_jax.storage import find_refusal
 
+# Bytes of an array that are written, and so read, as one. Orbax's own choice is what a device holds of it: of what few
+# devices saved, each of many would read the whole arrays to take its part of them, all at the same time.
+CHUNK = 4 << 20
+
 
 class Checkpoints:
     """The saves of a run: a folder with one folder for each step.
@@ -76,7 +80,9 @@ class Checkpoints:
         if metrics and self._best_metric and self._best_metric not in metrics:
             raise ValueError(f"the best checkpoint is told by {self._best_metric!r}; the metrics are {sorted(metrics)}")
         sums = SumsSave(functools.partial(setattr, self, "_under_way"))
-        items = {"state": ocp.args.PyTreeSave(_by_name(state)), "extra": ocp.args.JsonSave(extra), FOLDER: sums}
+        named = _by_name(state)
+        arrays = ocp.args.PyTreeSave(named, dict.fromkeys(named, ocp.SaveArgs(chunk_byte_size=CHUNK)))
+        items = {"state": arrays, "extra": ocp.args.JsonSave(extra), FOLDER: sums}
         with self._plainly():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or {}, force=True)
 
