@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 HEARTBEAT = 10  # seconds; JAX's own choice is 100, which would make each drill take that long
-QUICK = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+# One device a process, and programs that compile fast, as in conftest.py and quick.py.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK += " --xla_force_host_platform_device_count=1"
 LATE = 600  # seconds that a run may take before it is ended, and the drill has failed: processors may be busy elsewhere
 BEHIND = HEARTBEAT + 60  # seconds that the others may live on: they find out by the heartbeat, on busy processors
 BALLAST = "ballast"  # the file that fills a disk

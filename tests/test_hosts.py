@@ -55,9 +55,8 @@ def test_no_host_holds_the_whole_checkpoint(nursery, folder):
         seen = run(nursery, [place, step], command="keep_a_state", count=count).seen
         rises[count] = {name: max(each["memory"][name] for each in seen) for name in ("restore", "save")}
     assert rises[1]["restore"] > STATE, "one holds it all: the measure is none"
-    print(f"{rises=}")
-    assert rises[4]["restore"] < rises[2]["restore"] < 0.8 * rises[1]["restore"], rises
-    assert rises[4]["restore"] < 0.6 * rises[1]["restore"], rises
+    assert rises[2]["restore"] < 0.7 * rises[1]["restore"], rises
+    assert rises[4]["restore"] < 0.45 * rises[1]["restore"], rises
     assert rises[2]["restore"] < STATE, rises
     assert rises[4]["save"] < STATE / 2, rises
 
@@ -79,7 +78,6 @@ def test_no_host_holds_the_whole_dataset(nursery, folder):
             first, second = (set(seen["rows"][step]) for seen in outcome.seen)
             assert not (first & second) - {-1}, "both have read a row for the same step"
         rises[rows] = {name: max(seen["memory"][name] for seen in outcome.seen) for name in ("convert", "read")}
-    print(f"{rises=}")
     more = (384 - 96) * JUNK
     for name in ("convert", "read"):
         assert rises[384][name] - rises[96][name] < more / 4, rises
@@ -136,7 +134,6 @@ def share_and_take_over(nursery, folder, work, dies):
     assert outcome.statuses[1 - dies] not in (0, 2, 143), (
         "the work was not done, and nothing was wrong with the command"
     )
-    print(outcome.seconds)
     assert outcome.behind < BEHIND, outcome.seconds
     assert not any(file.exists() for file in files(broken)), "a part looks like the whole"
     shutil.copytree(broken, folder / name / "one", dirs_exist_ok=True)
