@@ -12,6 +12,8 @@ import functools
 import logging
 import math
 import os
+import sys
+import threading
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from napo_jax.checksums import FOLDER, SumsSave, seal
 from napo_jax.damage import find_damage, saves_set_aside, set_aside
@@ -211,7 +214,9 @@ class Checkpoints:
             preservation_policy=_Keep(self._keep_last, self._keep_best, self._quality),
             best_fn=self._quality if self._best_metric else None,  # metrics are written where it is given
             # Called on the first process, when the files are written and the save has not got its name yet.
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: seal(self._under_way)),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=lambda: seal(self._under_way), barrier_sync_fn=_meet
+            ),
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -236,6 +241,15 @@ class Checkpoints:
         if math.isnan(value):
             return -math.inf
         return value if self._best_mode == "max" else -value
+
+
+def _meet(*, key, timeout_ms):
+    """Waits for the other processes, as Orbax does between the parts of a save, unless this one has failed.
+
+    Orbax would have it wait, with its error on its way, where the others never come: ten minutes, all of them.
+    """
+    if threading.current_thread() is threading.main_thread() or sys.exc_info()[1] is None:
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _is_news(record):

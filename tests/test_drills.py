@@ -153,6 +153,18 @@ def test_the_disk_is_full(drill, workdir, disk):
     assert before in saved
 
 
+def test_the_disk_of_one_is_full(drill, workdir):
+    """It writes behind the training, where the others wait for it: they do not wait long."""
+    before = max(Checkpoints(workdir / "checkpoints").steps())
+    outcome, saved = drill("disk_fills_up", who=3, disk=None)
+    assert outcome.statuses[3] == 1, outcome.err[3]
+    assert not set(outcome.statuses) & {0, 2, 143}, outcome.statuses
+    assert outcome.behind < BEHIND, outcome.seconds
+    (said,) = (line for line in outcome.err[3].splitlines() if line.startswith("error: "))
+    assert said.endswith("File too large; make room, and give the same command again")
+    assert max(saved) == before
+
+
 def test_permission_goes_while_it_runs(drill, workdir):
     before = Checkpoints(workdir / "checkpoints").steps()
     outcome, saved = drill("permission_goes", folder=str(workdir / "checkpoints"))
