@@ -12,6 +12,8 @@ import functools
 import logging
 import math
 import os
+import sys
+import threading
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,10 +22,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from napo_jax.checksums import FOLDER, SumsSave, seal
 from napo_jax.damage import find_damage, saves_set_aside, set_aside
 from napo_jax.storage import find_refusal
+
+# Bytes of an array that are written, and so read, as one. Orbax's own choice is what a device holds of it: of what few
+# devices saved, each of many would read the whole arrays to take its part of them, all at the same time.
+CHUNK = 4 << 20
 
 
 class Checkpoints:
@@ -76,7 +83,9 @@ class Checkpoints:
         if metrics and self._best_metric and self._best_metric not in metrics:
             raise ValueError(f"the best checkpoint is told by {self._best_metric!r}; the metrics are {sorted(metrics)}")
         sums = SumsSave(functools.partial(setattr, self, "_under_way"))
-        items = {"state": ocp.args.PyTreeSave(_by_name(state)), "extra": ocp.args.JsonSave(extra), FOLDER: sums}
+        named = _by_name(state)
+        arrays = ocp.args.PyTreeSave(named, dict.fromkeys(named, ocp.SaveArgs(chunk_byte_size=CHUNK)))
+        items = {"state": arrays, "extra": ocp.args.JsonSave(extra), FOLDER: sums}
         with self._plainly():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or {}, force=True)
 
@@ -205,7 +214,9 @@ class Checkpoints:
             preservation_policy=_Keep(self._keep_last, self._keep_best, self._quality),
             best_fn=self._quality if self._best_metric else None,  # metrics are written where it is given
             # Called on the first process, when the files are written and the save has not got its name yet.
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: seal(self._under_way)),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=lambda: seal(self._under_way), barrier_sync_fn=_meet
+            ),
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -230,6 +241,15 @@ class Checkpoints:
         if math.isnan(value):
             return -math.inf
         return value if self._best_mode == "max" else -value
+
+
+def _meet(*, key, timeout_ms):
+    """Waits for the other processes, as Orbax does between the parts of a save, unless this one has failed.
+
+    Orbax would have it wait, with its error on its way, where the others never come: ten minutes, all of them.
+    """
+    if threading.current_thread() is threading.main_thread() or sys.exc_info()[1] is None:
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _is_news(record):

@@ -10,12 +10,13 @@ import sys
 
 import tyro
 
-from napo_jax.storage import find_refusal, refusal_of
+from napo_jax.storage import find_refusal, missing_store, refusal_of
 
 # What a user can mend. Of what the system says of a file, that which another path or another permission would change.
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 # Some come as a ValueError too, such as a collective whose other end has gone: nobody can mend that in the command.
 _OF_THE_RUNTIME = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+_LONG, _SHOWN = re.compile(r"\S{1000,}"), 100  # a word that nobody reads to its end, and what is said of it
 
 
 def read_flags(kind, argv, **options):
@@ -82,6 +83,8 @@ def verdict(error) -> tuple[str, int] | None:
     # What says itself what to do is not looked behind.
     if (refusal := refusal_of(error) if mended else find_refusal(error)) is not None:
         return one_line(refusal), 1 if refusal.full else 2
+    if (lack := missing_store(error)) is not None:
+        return one_line(lack), 2
     return (one_line(error), 2) if mended else None
 
 
@@ -100,4 +103,9 @@ def one_line(error) -> str:
     """Returns what to print of an error."""
     # Names of files and columns may hold anything.
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
-    return f"error: {''.join(escaped)}"
+    return f"error: {_LONG.sub(_shortened, ''.join(escaped))}"
+
+
+def _shortened(word):
+    """Returns the beginning of a word, such as a path that is too long, and its length."""
+    return f"{word[0][:_SHOWN]}... ({len(word[0])} characters)"

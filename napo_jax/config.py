@@ -108,6 +108,8 @@ class DataConfig:
             raise ValueError(f"data.attention_multiple must be at most {2**15}, got {self.attention_multiple}")
         if self.path is not None and not self.path:
             raise ValueError("data.path is empty; name files, a folder or a glob")
+        if self.cache is not None and "://" in self.cache:
+            raise ValueError(f"data.cache must be a local folder, got {self.cache}")
 
 
 @dataclasses.dataclass(frozen=True)

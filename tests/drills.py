@@ -6,6 +6,7 @@ like any other, that joins the others by address and number. Harm is done from o
 a process is about to call.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import functools
@@ -24,8 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 HEARTBEAT = 10  # seconds; JAX's own choice is 100, which would make each drill take that long
-QUICK = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+# One device a process, and programs that compile fast, as in conftest.py and quick.py.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK += " --xla_force_host_platform_device_count=1"
 LATE = 600  # seconds that a run may take before it is ended, and the drill has failed: processors may be busy elsewhere
+BEHIND = HEARTBEAT + 60  # seconds that the others may live on: they find out by the heartbeat, on busy processors
 BALLAST = "ballast"  # the file that fills a disk
 
 
@@ -73,7 +77,7 @@ class Nursery:
 
         Args:
           arguments: of the command.
-          command: the name of its module.
+          command: the name of its module, or of a function out of WORK.
           count: of processes, one device each.
           harm: the name of a function out of HARMS, None for a healthy run.
           who: the number of the process that is harmed; None for all.
@@ -169,10 +173,19 @@ def in_a_restore():
 
 
 def between_answers(at):
-    """Dies when it has written so many pieces of what it said."""
+    """Dies when it has written so many pieces of what it said, of one answer each."""
     from napo_jax.pieces import Pieces
 
+    make = Pieces.__init__
+    Pieces.__init__ = lambda self, folder, **options: make(self, folder, **options | {"size": 1})
     before(Pieces, "flush", once(die, at + 1))
+
+
+def watch_answers():
+    """Notes which rows are answered here."""
+    from napo_jax.pieces import Pieces
+
+    before(Pieces, "add", lambda _, line: SEEN["rows"].setdefault(line.name, []).append([line.file, line.row]))
 
 
 def slow(seconds):
@@ -231,39 +244,20 @@ def obey_permissions():
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def wide_model():
-    """Makes the tiny model one of 50 MB, and notes how far each part of a run raises the memory of this process."""
-    import dataclasses
+@contextlib.contextmanager
+def measured(name):
+    """Notes how far the body of a `with` raises the memory of this process, in bytes."""
+    give_back_memory()
+    resident = forget_peak()
+    yield
+    SEEN["memory"][name] = memory("VmHWM") - resident
 
-    from napo_jax import model_source, train
-    from napo_jax.checkpoint import Checkpoints
 
-    shape = model_source.random_shape
-
-    def wider(size):
-        text = dataclasses.replace(shape(size).text, width=512, mlp_width=1536, layers=4, heads=8, kv_heads=8)
-        return dataclasses.replace(shape(size), text=text)
-
-    model_source.random_shape = wider
-
-    def measured(name, function):
-        @functools.wraps(function)
-        def replaced(*args, **kwargs):
-            resident = forget_peak()
-            result = function(*args, **kwargs)
-            SEEN["memory"][name] = max(SEEN["memory"].get(name, 0), memory("VmHWM") - resident)
-            return result
-
-        return replaced
-
-    save, restore = Checkpoints.save, Checkpoints.restore
-
-    def save_whole(self, *args):
-        save(self, *args)
-        self.wait()
-
-    Checkpoints.save, Checkpoints.restore = measured("save", save_whole), measured("restore", restore)
-    train.train = measured("run", train.train)
+def give_back_memory():
+    """Has the C library give back what is freed, now and from now on, so that what a peak shows was really held."""
+    libc, mmap_threshold = ctypes.CDLL(None), -3
+    libc.mallopt(mmap_threshold, 1 << 16)
+    libc.malloc_trim(0)
 
 
 def forget_peak() -> int:
@@ -308,14 +302,81 @@ HARMS = {
         in_a_save,
         in_a_restore,
         between_answers,
+        watch_answers,
         slow,
         disk_fills_up,
         permission_goes,
         obey_permissions,
-        wide_model,
         watch,
     )
 }
+
+
+def keep_a_state(arguments):
+    """Restores a state of 128 MB that other processes saved, or makes it, and saves it anew.
+
+    Arguments: the folder of the saves, and the number that the new save gets.
+    """
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from napo_jax.checkpoint import Checkpoints
+    from napo_jax.processes import together
+
+    def state_of(rows):
+        """Returns the shapes of eight leaves, and what makes a part of each."""
+        like = {f"params/{i}": jax.ShapeDtypeStruct((rows, 2048), np.float32, sharding=spread) for i in range(8)}
+        return like, lambda index, i: np.arange(rows * 2048, dtype=np.float32).reshape(rows, 2048)[index] + i
+
+    def make(like, fill):
+        return {
+            name: jax.make_array_from_callback(leaf.shape, spread, functools.partial(fill, i=i))
+            for i, (name, leaf) in enumerate(like.items())
+        }
+
+    folder, step = Path(arguments[0]), int(arguments[1])
+    with together(insist=False):
+        mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+        spread = NamedSharding(mesh, PartitionSpec("fsdp"))
+        with Checkpoints(folder / "small") as checkpoints:  # so that all code is in memory that this takes
+            like, fill = state_of(jax.device_count())
+            checkpoints.save(step, make(like, fill), {})
+            checkpoints.wait()
+            checkpoints.restore(step, like)
+        with Checkpoints(folder / "large", keep_last=1) as checkpoints:
+            like, fill = state_of(2048)
+            with measured("restore"):
+                latest = checkpoints.recover(print)
+                state = make(like, fill) if latest is None else checkpoints.restore(latest, like)[0]
+                jax.block_until_ready(state)
+            for i, leaf in enumerate(state.values()):
+                (shard,) = leaf.addressable_shards
+                assert (shard.data == fill(shard.index, i)).all()
+            with measured("save"):
+                checkpoints.save(step, state, {})
+                checkpoints.wait()
+
+
+def read_a_share(arguments):
+    """Reads the batches of two epochs, this process's rows of them.
+
+    Arguments: the file of the rows, the folder of the cache, and how many steps two epochs are.
+    """
+    from loader_run import dataset_of
+
+    from napo_jax.processes import together
+
+    file, cache, steps = arguments[0], arguments[1], int(arguments[2])
+    with together(insist=False):
+        with measured("convert"):
+            dataset = dataset_of(file, cache)
+        with measured("read"):
+            numbers = [batch.ids.tolist() for batch in dataset.loader()(0, steps)]
+    SEEN["rows"] |= {str(step): some for step, some in enumerate(numbers)}
+
+
+WORK = {function.__name__: function for function in (keep_a_state, read_a_share)}
 
 
 def keep_programs():
@@ -353,8 +414,11 @@ def be_one(order, index):
     try:
         if order["harm"] and order["who"] in (None, index):
             HARMS[order["harm"]](**order["options"])
-        command = importlib.import_module(f"napo_jax.{order['command']}")
-        exit_with_one_line(lambda: command.main(order["arguments"]))
+        if order["command"] in WORK:
+            WORK[order["command"]](order["arguments"])
+        else:
+            command = importlib.import_module(f"napo_jax.{order['command']}")
+            exit_with_one_line(lambda: command.main(order["arguments"]))
     except SystemExit as end:
         return end.code
     except BaseException:

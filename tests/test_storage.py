@@ -1,7 +1,9 @@
 """What a disk refuses is one line with the path and what to do, and an exit status that tells room from permission."""
 
 import errno
+import importlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pyarrow as pa
 import pytest
 from etils import epath
 
+from napo_jax import train
 from napo_jax.command import exit_with_one_line, verdict
 from napo_jax.storage import Refusal, check_writable, find_refusal, naming
 
@@ -59,6 +62,43 @@ def test_what_a_disk_refuses_is_told_apart(error, refusal, status, capsys):
     assert said.startswith(f"error: {refusal.path}: " if refusal.path else "error: ")
     assert os.strerror(refusal.number) in said
     assert ("make room, and give the same command again" if status == 1 else "let this user write there") in said
+
+
+EXAM = ("--benchmark", "world", "--data", "exam")
+TOO_LONG = "/".join(["/runs", "x" * 300, *["y" * 200] * 30])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["train", "--config", "debug", "--workdir", TOO_LONG], "File name too long; name a shorter path"),
+        (["train", "--config", TOO_LONG], "File name too long; name a shorter path"),
+        (["train", "--config", "debug", "--data.path", TOO_LONG, "--workdir", "WORKDIR"], "names no file"),
+        (["evaluate", "score", *EXAM, "--answers", "ANSWERS", "--out", TOO_LONG], "File name too long; name a shorter"),
+        (["train", "--config", "debug", "--workdir", "gs://b/run"], "pip install 'napo-jax[gcs]' for gs:// paths, or"),
+        (["train", "--config", "debug", "--data.path", "gs://b/*.parquet", "--workdir", "WORKDIR"], "napo-jax[gcs]"),
+        (["train", "--config", "debug", "--data.cache", "gs://b", "--workdir", "WORKDIR"], "must be a local folder"),
+        (
+            ["evaluate", "score", *EXAM, "--answers", "gs://b/a.jsonl"],
+            "pip install 'napo-jax[gcs]' for gs:// paths, or",
+        ),
+    ],
+)
+def test_a_path_that_cannot_be_is_one_line(argv, says, tmp_path, capsys, monkeypatch):
+    """Before anything is loaded. Where gcsfs is installed, it is hidden."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setattr(train, "make_mesh", None)
+    (tmp_path / "a.jsonl").write_text("{}")
+    places = {"WORKDIR": str(tmp_path / "run"), "ANSWERS": str(tmp_path / "a.jsonl")}
+    name, *words = (places.get(word, word) for word in argv)
+    with pytest.raises(SystemExit) as end:
+        exit_with_one_line(lambda: importlib.import_module(f"napo_jax.{name}").main(words))
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert (said.count("\n"), said[:7]) == (1, "error: ")
+    assert says in said
+    assert len(said) < 400
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
 
 
 def test_a_collective_whose_other_end_has_gone_is_no_fault_of_the_command():
