@@ -21,9 +21,12 @@ _NUMBERS = itertools.count()
 
 
 class Forked:
-    """A command under way; a `subprocess.Popen` of as much as tests need."""
+    """A command under way; a `subprocess.Popen` of as much as tests need.
 
-    def __init__(self, command, argv, folder, *, devices=1, environment=None, at_step=None):
+    It ends without what Python does at exit, which those that have met others need.
+    """
+
+    def __init__(self, command, argv, folder, *, devices=1, at_step=None):
         """Starts a command.
 
         Args:
@@ -31,12 +34,11 @@ class Forked:
           argv: its words.
           folder: where what it prints is kept.
           devices: of the CPU.
-          environment: {name: value} of variables that are its own.
           at_step: (number, signal): it gets the signal when that step of a training is on its way.
         """
         path = Path(folder) / f"forked{next(_NUMBERS)}"
         self._files = [path.with_suffix(f".{kind}") for kind in ("out", "err")]
-        order = (command, list(map(str, argv)), list(map(str, self._files)), devices, environment or {}, at_step)
+        order = (command, list(map(str, argv)), list(map(str, self._files)), devices, at_step)
         self._process = _READY.Process(target=_be, args=order, daemon=True)
         self._process.start()
 
@@ -66,12 +68,11 @@ class Forked:
         return tuple(file.read_text() if file.exists() else "" for file in self._files)
 
 
-def _be(command, argv, files, devices, environment, at_step):
+def _be(command, argv, files, devices, at_step):
     """Is the command."""
     for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream.fileno())
     sys.stdout.reconfigure(line_buffering=True)
-    os.environ |= environment
     import jax
 
     from napo_jax.command import exit_with_one_line
