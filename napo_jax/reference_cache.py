@@ -100,6 +100,7 @@ def _all_hash_sums(leaves, sharding):
     return sums if sharding is None else jax.lax.with_sharding_constraint(sums, sharding)
 
 
+@jax.jit  # traced once for all leaves of a shape
 def _hash_sums(x):
     """Returns uint32[4]."""
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)

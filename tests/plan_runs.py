@@ -46,6 +46,7 @@ def main():
     plan.main([*DEBUG, *SHORT, *TOO_MANY])
     plan.main([*DEBUG, *SHORT, *TOO_MANY, "--model.remat", "full"])
     plan.main([*DEBUG, *SHORT, "--mesh.slices", "2", "--mesh.data", "2"])
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)  # compiled fast and not to be fast
     print(json.dumps(compile_config("configs/chip7b.py")))
 
 

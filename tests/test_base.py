@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from quick import speedy_jit
 
 from napo_jax import load_pretrained
 from napo_jax import train as trainer
@@ -62,6 +63,13 @@ def test_a_new_option_is_no_other_recipe():
         "rows",
         "terms",
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_that_run_for_long():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", speedy_jit)
+        yield
 
 
 @pytest.fixture(scope="module")

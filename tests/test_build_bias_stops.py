@@ -11,7 +11,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from quick import QUICK_FLAGS
+from forked import Forked
 from speaking_model import write_speaking_model
 from test_build_bias import row
 
@@ -31,22 +31,19 @@ def folder(tmp_path_factory):
 
 
 def start(folder, name, processes=1, devices=1, **options):
-    """Starts a build of so many devices a process."""
+    """Starts a build, of so many devices where it is one process."""
     options = {"input": folder / "in", "output": folder / name, "model.path": folder / "model", "piece": 2} | options
     options |= {"decoding.beams": 3, "decoding.max-tokens": 24, "slots": 4}
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "napo_jax.build_bias", "--config", "configs/debug.py", *flags]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    environment["XLA_FLAGS"] = f"{QUICK_FLAGS} --xla_force_host_platform_device_count={devices}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = ["--config", "configs/debug.py", *flags]
     if processes == 1:
-        return [subprocess.Popen(command, env=environment, **pipes)]
+        return [Forked("build_bias", words, folder, devices=devices)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    command.append("--distributed")
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    command = [sys.executable, "-m", "napo_jax.build_bias", *words, "--distributed"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(processes)]
 
 
@@ -109,10 +106,9 @@ def test_ten_kills_at_random_moments_change_no_row(folder, whole):
 
 def test_who_is_asked_to_end_keeps_all_that_was_said(folder, whole):
     (process,) = start(folder, "asked", piece=1000)
-    seen = process.stdout.readline()
-    while "image_only: prompts" not in seen:  # all of question_only is said
-        seen = process.stdout.readline()
-        assert seen
+    while "image_only: prompts" not in process.said():  # all of question_only is said
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
     assert pieces(folder, "asked") == 0
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)

@@ -118,8 +118,15 @@ def test_log_probs_tell_the_part_of_edited_tokens_and_the_divergence(setting):
     pictures = pictures_of(batch, CHIP, model.config.vision.patch_size)
     prefixes = prefix(batch.prefix_ids), prefix(batch.prefix_lengths)
     groups = Groups(pictures, *prefixes, batch.answer_ids, batch.answer_lengths)
-    tokens = np.asarray(quick_jit(lambda g: model.token_logps(params, g, CHIP.cell_image))(groups))
-    kl = np.asarray(quick_jit(lambda g: model.token_kl(params, reference, g, CHIP.cell_image))(groups))
+    tokens, kl = map(
+        np.asarray,
+        quick_jit(
+            lambda params, reference, groups: (
+                model.token_logps(params, groups, CHIP.cell_image),
+                model.token_kl(params, reference, groups, CHIP.cell_image),
+            )
+        )(params, reference, groups),
+    )
     for c, cell in enumerate(CHIP.cells):
         for row, length in enumerate(batch.answer_lengths[:, c]):
             values, marks = np.float64(tokens[row, c, :length]), batch.edited[row, c, :length]
@@ -145,14 +152,13 @@ def test_a_step_needs_the_reference_beside_it(setting):
     carried = dict.fromkeys(CHIP.reference_cells, CHIP.logps_like(np.zeros(4, np.float32), reference=True))
     carried = dataclasses.replace(batch, reference=carried)
     losses = []
-    for accumulate in (1, 2):
+    for accumulate in (2, 1):
         step = quick_jit(make_train_step(model, CHIP, optimizer, accumulate=accumulate))
         _, metrics = step(init_state(trained, optimizer), Frozen(frozen, theirs), batch)
         losses.append({name: float(value) for name, value in metrics.items()})
         with pytest.raises(ValueError, match="reads the reference's whole distributions, and none runs along"):
             step(init_state(trained, optimizer), Frozen(frozen), carried)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-5)
-    step = quick_jit(make_train_step(model, CHIP, optimizer))
     _, metrics = step(init_state(trained, optimizer), Frozen(frozen, trained), batch)
     assert float(metrics["token/loss"]) == pytest.approx(0, abs=1e-4)  # of a policy that is the reference
     assert float(metrics["segment/loss"]) == pytest.approx(math.log(2))
@@ -163,12 +169,12 @@ def test_groups_held_out_and_rows_of_a_mesh_say_the_same(setting):
     order = dataset.order(held_out=True, batch_size=2, shuffle=False)
     batch = next(dataset.loader(order, rows=(0, 2))())
     score_all = quick_jit(
-        lambda batch: (
+        lambda params, reference, batch: (
             score(model, params, batch, CHIP, kl_to=(model, reference)),
             score(model, reference, batch, CHIP, reference=True),
         )
     )
-    policy, theirs = score_all(batch)
+    policy, theirs = score_all(params, reference, batch)
     want = {name: float(value) for name, value in CHIP(policy, theirs)[1].items()}
     assert abs(want["token/loss"]) > 1e-3
     got = HeldOut(dataset, CHIP, model, (model, reference))(params)
@@ -185,10 +191,10 @@ def test_a_cache_keeps_the_part_of_edited_tokens(setting, tmp_path):
     dense = Objective(tuple(term for term in CHIP.terms if term.loss is not token_kl_loss))
     with pytest.raises(ValueError, match="the term token reads the reference's whole distributions"):
         open_reference(tmp_path, dataset, CHIP, model, params)
+    want = quick_jit(lambda reference, batch: score(model, reference, batch, dense, reference=True))(reference, batch)
     for _ in range(2):  # computed, and read again
         cached = open_reference(tmp_path, dataset, dense, model, reference)
         attached = cached.attach(batch).reference
-        want = quick_jit(lambda batch: score(model, reference, batch, dense, reference=True))(batch)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), attached, want)
     assert cached.deviation is not None
     assert dense.columns(reference=True) == ["sum", "mean", "edited_sum", "edited_mean", "edited_share"]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from quick import quick_jit
+from quick import speedy_jit
 
 from napo_jax import Objective, Term, methods
 from napo_jax.config import load_config
@@ -30,7 +30,7 @@ from napo_jax.step import Frozen, make_train_step
 from napo_jax.world.configs import cure
 from napo_jax.world.records import write_pairs
 
-ROWS = 6
+ROWS, STEPS = 6, 12
 RNG = np.random.default_rng(3)
 
 
@@ -215,7 +215,7 @@ def test_a_sum_of_methods_costs_the_union_of_its_cells(world):
             logps = score(Llava(shape), unflatten(trained, frozen), batch, objective)
             return objective(logps, reference)[0]
 
-        return quick_jit(jax.grad(loss)).lower(trained).compile().cost_analysis()["flops"]
+        return jax.jit(jax.grad(loss)).lower(trained).cost_analysis()["flops"]
 
     assert flops(both) == pytest.approx(flops(union), rel=0.01)
     assert flops(both) < 0.8 * (flops(methods.napo()) + flops(methods.mfpo()))
@@ -260,25 +260,25 @@ def world(tmp_path_factory):
 
 @each_method
 def test_it_learns_what_it_prefers(name, world):
-    """Twenty steps on eight pairs of the small world: the margin of every preference rises."""
+    """Twelve steps on eight pairs of the small world: the margin of every preference rises."""
     objective, _ = METHODS[name]
     data, tokenizer, shape, mesh, (trained, frozen) = world
     if objective.needs_rewards:
         head = {"reward/kernel": jnp.zeros((shape.text.width, 1)), "reward/bias": jnp.zeros(1)}
         trained = trained | jax.device_put(head, replicated(mesh))
     dataset = open_dataset(data, objective, tokenizer, shape)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-4, schedule="constant", warmup=0.0), 20)
-    step = quick_jit(make_train_step(Llava(shape), objective, optimizer))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-4, schedule="constant", warmup=0.0), STEPS)
+    step = speedy_jit(make_train_step(Llava(shape), objective, optimizer))
     begin, _ = first_state(trained, optimizer, mesh)  # in its places, so that the step is compiled once
     state = begin(jax.tree.map(jnp.copy, trained))
     reference = Frozen(frozen, trained if objective.reference_cells else None)
     margins = []
     with jax.numpy_dtype_promotion("standard"):
         batch = next(dataset.loader(rows=(0, data.batch_size))())
-        for _ in range(20):
+        for _ in range(STEPS):
             state, metrics = step(state, reference, batch)
             margins.append([float(metrics[f"{term.name}/margin"]) for term in objective.terms])
     margins = np.array(margins)
     assert np.isfinite(margins).all()
     for term, column in zip(objective.terms, margins.T, strict=True):
-        assert np.mean(column[-5:]) > np.mean(column[:5]), (name, term.name, column)
+        assert np.mean(column[-4:]) > np.mean(column[:4]), (name, term.name, column)

@@ -53,7 +53,8 @@ def worst_excess(got, want):
 
 def compiled(function):
     """Compiles a function whole, as users have it compiled: without what makes other tests compile fast."""
-    return jax.jit(function, compiler_options={"xla_cpu_use_fusion_emitters": True})
+    as_ever = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
+    return jax.jit(function, compiler_options=as_ever)
 
 
 @pytest.mark.parametrize("how", [lambda function: function, compiled], ids=["one by one", "compiled"])

@@ -20,6 +20,7 @@ MODEL = Llava(CONFIG)
 TORCH = torch_llava(CONFIG, seed=11)
 PARAMS = params_of(TORCH)
 token_logps = quick_jit(Llava.token_logps, static_argnums=(0, 3))
+logits_of = quick_jit(Llava.logits, static_argnums=0)
 
 FOUR_CELLS = (0, 0, 0, 0)  # NaPO: four answers on one image
 TWO_IMAGES = (0, 0, 1)  # mDPO and MFPO: chosen and rejected on the clean image, chosen on the other
@@ -133,13 +134,11 @@ def test_sharing_changes_no_logp_and_no_gradient(cell_image, objective):
 def test_padding_changes_nothing():
     """T10 and T11: any bucket gives the same, whatever stands in the padding, and a token of id 0 or 2 is a token."""
 
-    @quick_jit
-    def run(groups):
-        def loss(params):
-            logps = MODEL.logps(params, groups, TWO_IMAGES)
-            return logps.mean.sum(), logps
+    def loss(params, groups):
+        logps = MODEL.logps(params, groups, TWO_IMAGES)
+        return logps.mean.sum(), logps
 
-        return jax.grad(loss, has_aux=True)(PARAMS)
+    run = partial(quick_jit(jax.grad(loss, has_aux=True)), PARAMS)
 
     def padded(*slack):
         groups = groups_for(TWO_IMAGES, seed=3, slack=slack)
@@ -200,9 +199,12 @@ def test_an_empty_answer_is_zero_and_finite():
     """T3: no 0/0 in the mean, in value or in gradient."""
     groups = groups_for(FOUR_CELLS, seed=6)
     groups = groups._replace(answer_lengths=groups.answer_lengths.at[1, 2].set(0))
-    loss = lambda params: sum(jax.tree.leaves(jax.tree.map(jnp.sum, MODEL.logps(params, groups, FOUR_CELLS))))
-    gradients = quick_jit(jax.grad(loss))(PARAMS)
-    logps = MODEL.logps(PARAMS, groups, FOUR_CELLS)
+
+    def loss(params):
+        logps = MODEL.logps(params, groups, FOUR_CELLS)
+        return sum(jax.tree.leaves(jax.tree.map(jnp.sum, logps))), logps
+
+    gradients, logps = quick_jit(jax.grad(loss, has_aux=True))(PARAMS)
     assert (logps.sum[1, 2], logps.mean[1, 2]) == (0, 0)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
 
@@ -231,7 +233,8 @@ def test_token_weights():
     groups = groups_for(TWO_IMAGES, seed=7)
     weights = np.float32(np.random.default_rng(8).uniform(0, 4, groups.answer_ids.shape))
     tokens = np.asarray(token_logps(MODEL, PARAMS, groups, TWO_IMAGES))
-    logps = MODEL.logps(PARAMS, groups._replace(token_weights=jnp.asarray(weights)), TWO_IMAGES)
+    weighed = groups._replace(token_weights=jnp.asarray(weights))
+    logps = quick_jit(Llava.logps, static_argnums=(0, 3))(MODEL, PARAMS, weighed, TWO_IMAGES)
     for row, cell in np.ndindex(*groups.answer_lengths.shape):
         n = int(groups.answer_lengths[row, cell])
         want = np.sum(np.float64(tokens[row, cell, :n]) * weights[row, cell, :n])
@@ -279,16 +282,18 @@ def test_kl_to_the_reference():
     groups = groups_for(FOUR_CELLS, seed=10)
     reference = jax.tree.map(lambda x: 1.1 * x, PARAMS)
     token_kl = lambda params, reference: MODEL.token_kl(params, reference, groups, FOUR_CELLS)
-    got = quick_jit(token_kl)(PARAMS, reference)
+    run = quick_jit(token_kl)
+    got = run(PARAMS, reference)
     for row, cell, sequence, prefix, answer in list(one_by_one(groups, FOUR_CELLS))[:4]:
-        image = groups.images[row, 0][None]
+        image, whole = groups.images[row, 0][None], len(sequence)
+        ids = jnp.asarray(np.pad(sequence, (0, 40 - whole)))[None]  # of one width, which is compiled once
         logs = [
-            np.float64(jax.nn.log_softmax(MODEL.logits(params, jnp.asarray(sequence)[None], image)[0], axis=-1))
+            np.float64(jax.nn.log_softmax(logits_of(MODEL, params, ids, image)[0, :whole], axis=-1))
             for params in (reference, PARAMS)
         ]
         want = np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)[prefix - 1 : -1]
         np.testing.assert_allclose(got[row, cell, :answer], want, rtol=1e-3, atol=1e-4)
-    assert not np.any(quick_jit(token_kl)(PARAMS, PARAMS) > 1e-5)
+    assert not np.any(run(PARAMS, PARAMS) > 1e-5)
     into_reference = quick_jit(jax.grad(lambda r: token_kl(PARAMS, r).sum()))(reference)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(into_reference))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 
 import jax
@@ -39,19 +40,23 @@ def batch(tmp_path_factory):
     return next(dataset.loader(rows=(0, 8))())
 
 
+@functools.cache
+def step_of(objective, optimizer, accumulate, mesh):
+    return quick_jit(make_train_step(MODEL, objective, optimizer, accumulate=accumulate, mesh=mesh))
+
+
 def run(objective, batch, mesh=None, accumulate=1, optimizer=DESCENT, steps=1, reference=REFERENCE):
     """Runs steps on a mesh; returns the trained leaves, the frozen ones, and the metrics of each step."""
-    step = make_train_step(MODEL, objective, optimizer, accumulate=accumulate, mesh=mesh)
     state, frozen = init_state(TRAINED, optimizer), Frozen(FROZEN, reference)
     if mesh is not None:
         shardings, _ = shard_params(PARAMS, mesh)
         put = lambda leaves: {path: jax.device_put(leaf, shardings[path]) for path, leaf in leaves.items()}
         state, frozen = init_state(put(TRAINED), optimizer), Frozen(put(FROZEN), reference and put(reference))
         batch = jax.device_put(batch, over_rows(mesh))
-    jitted, metrics = quick_jit(step), []
+    step, metrics = step_of(objective, optimizer, accumulate, mesh), []
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for _ in range(steps):
-            state, measured = jitted(state, frozen, batch)
+            state, measured = step(state, frozen, batch)
             metrics.append({name: float(value) for name, value in measured.items()})
     assert int(state.step) == steps
     return state.params, frozen.params, metrics

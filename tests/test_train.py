@@ -2,22 +2,20 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from quick import QUICK_FLAGS
+from forked import Forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from napo_jax import train
 from napo_jax.command import exit_with_one_line
 
-STEPS = 9
+STEPS = 6
 RATES = ("seconds_per_step", "examples_per_second", "tokens_per_second")
-PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+CONSTANT = ("--optimizer.schedule", "constant", "--optimizer.warmup", "0")  # so that any steps are one program
 
 
 @pytest.fixture(scope="module")
@@ -25,32 +23,17 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-def command(folder, name, *more):
-    """Returns the command of a short run."""
+def words(folder, name, *more):
+    """Returns the words of a short run's command."""
     options = {"data.cache": folder / "cache", "data.made-up": 24, "data.batch-size": 4, "data.buckets": 1}
-    options |= {"train.steps": STEPS, "train.checkpoint-every": 3, "workdir": folder / name}
+    options |= {"train.steps": STEPS, "train.checkpoint-every": 2, "workdir": folder / name}
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "napo_jax.train", "--config", "configs/debug.py", *flags, *more]
+    return ["--config", "configs/debug.py", *flags, *more]
 
 
-def start_environment(folder):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    environment["XLA_FLAGS"] = QUICK_FLAGS
-    return environment
-
-
-def start(folder, name, *more):
+def start(folder, name, *more, at_step=None):
     """Starts a run; one CPU device, as a user has."""
-    return subprocess.Popen(command(folder, name, *more), env=start_environment(folder), **PIPES)
-
-
-def together(folder, runs):
-    """Returns what several runs print that one process does one behind the other: it is started once."""
-    script = "import json, sys; from napo_jax import train; [train.main(argv) for argv in json.loads(sys.argv[1])]"
-    arguments = json.dumps([command(folder, *run)[3:] for run in runs])
-    environment = start_environment(folder)
-    return finish(subprocess.Popen([sys.executable, "-c", script, arguments], env=environment, **PIPES))[0]
+    return Forked("train", words(folder, name, *more), folder, at_step=at_step)
 
 
 def finish(process, status=0):
@@ -66,20 +49,11 @@ def lines(folder, name):
     return {row.pop("step"): {key: value for key, value in row.items() if key not in RATES} for row in rows}
 
 
-def end_after(process, folder, name, step, how):
-    """Sends a signal as soon as a step was logged."""
-    until = time.monotonic() + 150
-    while max(lines(folder, name), default=0) < step:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(how)
-
-
 @pytest.fixture(scope="module")
 def straight(folder):
-    """A run that nothing interrupts."""
-    out, _ = finish(start(folder, "straight"))
+    """A run that nothing interrupts, started as users start it."""
+    command = [sys.executable, "-m", "napo_jax.train", *words(folder, "straight")]
+    out, _ = finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     assert "134,976 parameters train, 67,152 do not" in out
     assert f"step {STEPS}/{STEPS}" in out
     return lines(folder, "straight")
@@ -96,28 +70,25 @@ def test_a_run_logs_every_step_and_begins_at_its_reference(straight, folder):
     config = json.loads((folder / "straight" / "config.json").read_text())
     assert config["train"]["steps"] == STEPS
     assert sorted(path.name for path in (folder / "straight" / "checkpoints").iterdir() if path.name.isdigit()) == list(
-        "369"
+        "246"
     )
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(straight, folder):
     """T18: SIGKILL twice, the second time while it goes on; the losses are those of the uninterrupted run."""
-    for step in (5, 7):
-        process = start(folder, "killed")
-        end_after(process, folder, "killed", step, signal.SIGKILL)
-        process.communicate()
+    for step in (3, 5):
+        finish(start(folder, "killed", at_step=(step, signal.SIGKILL)), -signal.SIGKILL)
     out, _ = finish(start(folder, "killed"))
     assert "goes on from step" in out
     assert lines(folder, "killed") == straight
 
 
 def test_a_run_that_is_asked_to_stop_saves_first(straight, folder):
-    process = start(folder, "asked", "--train.checkpoint-every", "100")
-    end_after(process, folder, "asked", 4, signal.SIGTERM)
+    process = start(folder, "asked", "--train.checkpoint-every", "100", at_step=(3, signal.SIGTERM))
     _, err = finish(process, 143)
     assert "the same command goes on from there" in err
     stopped = int(err.rpartition("saved step ")[2].partition(";")[0])
-    assert 4 <= stopped < STEPS
+    assert 3 <= stopped < STEPS
     out, _ = finish(start(folder, "asked"))
     assert f"goes on from step {stopped}" in out
     assert lines(folder, "asked") == straight
@@ -134,9 +105,7 @@ def test_a_run_does_not_go_on_as_another(straight, folder, capsys):
         (["--model.path", str(folder / "straight")], "model.path is the run's own workdir"),
     ):
         with pytest.raises(SystemExit) as stop:
-            exit_with_one_line(
-                lambda more=more: train.main(command(folder, "straight", "--train.steps", "20", *more)[3:])
-            )
+            exit_with_one_line(lambda more=more: train.main(words(folder, "straight", "--train.steps", "20", *more)))
         assert stop.value.code == 2
         err = capsys.readouterr().err
         assert message in err
@@ -147,11 +116,12 @@ def test_a_run_does_not_go_on_as_another(straight, folder, capsys):
 def test_at_the_start_it_is_the_reference_in_every_mode_also_after_a_resume(folder):
     """T4 and T6, through the command: a learning rate of nearly 0 keeps the policy where it was over a resume."""
     still = ["--optimizer.learning-rate", "1e-30", "--lora.rank", "4", "--lora.dropout", "0.5", "--optimizer.trainable"]
-    still += [".*/lora_[ab]|projector/.*", "--train.checkpoint-every", "1"]
+    still += [".*/lora_[ab]|projector/.*", "--train.checkpoint-every", "1", *CONSTANT]
     modes = dict.fromkeys(("cache", "live", "adapters_off"))
-    runs = [(mode, *still, "--train.reference", mode, "--train.steps", steps) for mode in modes for steps in ("1", "2")]
-    assert together(folder, runs).count("goes on from step 1 of") == len(modes)
     for mode in modes:
+        for steps, says in (("1", "step 0 of 1"), ("2", "goes on from step 1 of")):
+            more = ("--train.reference", mode, "--train.steps", steps)
+            assert says in finish(start(folder, mode, *still, *more))[0]
         modes[mode] = lines(folder, mode)
         for row in modes[mode].values():
             for term in ("preference", "language_bias", "vision_bias"):
@@ -170,7 +140,7 @@ def test_at_the_start_it_is_the_reference_in_every_mode_also_after_a_resume(fold
 def test_what_is_held_out_is_measured_and_the_best_is_kept(folder):
     more = ["--data.held-out", "5", "--train.evaluate-every", "2", "--train.checkpoint-every", "2", "--train.keep", "1"]
     more += ["--train.keep-best", "1", "--train.best-metric", "preference/margin", "--train.tensorboard"]
-    more += ["--train.steps", "6", "--optimizer.schedule", "constant", "--optimizer.warmup", "0"]
+    more += ["--train.steps", "6", *CONSTANT]
     out, _ = finish(start(folder, "judged", *more))
     assert "24 groups, 5 of them held out" in out
     rows = [json.loads(line) for line in (folder / "judged" / "held_out.jsonl").read_text().splitlines()]
@@ -188,8 +158,8 @@ def test_what_is_held_out_is_measured_and_the_best_is_kept(folder):
 
 def test_a_run_may_begin_where_another_ended(straight, folder):
     """A workdir as model: its adapters are merged, and the model it made is the new reference."""
-    lora = ["--lora.rank", "4", "--train.steps", "2", "--optimizer.warmup", "0"]
-    finish(start(folder, "first", *lora))
+    lora = ["--lora.rank", "4", *CONSTANT]
+    finish(start(folder, "first", *lora, "--train.steps", "2"))
     out, _ = finish(start(folder, "second", "--model.path", str(folder / "first"), "--train.steps", "1"))
     assert f"start    step 0 of 1, from tiny and random with step 2 of {folder / 'first'}" in out
     assert "134,976 parameters train" in out
@@ -197,7 +167,7 @@ def test_a_run_may_begin_where_another_ended(straight, folder):
     assert abs(second["preference/margin"]) < 1e-3
     # The same batch under the model of before: with another policy and reference, and so another gradient.
     assert second["gradient_norm"] != pytest.approx(straight[1]["gradient_norm"], rel=1e-4)
-    third = finish(start(folder, "third", "--model.path", str(folder / "second"), *lora))[0]
+    third = finish(start(folder, "third", "--model.path", str(folder / "second"), *lora, "--train.steps", "1"))[0]
     assert f"step 2 of {folder / 'first'} with step 1 of {folder / 'second'}" in third
     assert json.loads((folder / "third" / "config.json").read_text())["model"]["path"] == str(folder / "second")
 
