@@ -33,6 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # the others are done.
 _LONG = (
     "test_drills.py",
+    "test_hosts.py",
     "test_processes.py",
     "test_train.py",
     "test_methods.py",
