@@ -4,7 +4,7 @@
 
 The LLaVA of about 60M parameters of `step_vs_torch.py`, 576 image tokens, 32 question tokens, float32 on the CPU. The
 end of an answer is never said, so that both sides do the same work. `transformers` runs at each of the batch sizes 1,
-4 and 8, and its best one counts. Tokens are compared before anything is timed; sides take turns.
+4, 8 and 16, and its best one counts. Tokens are compared before anything is timed; sides take turns.
 
 The last line is JSON; `ratio` is this code's examples a second over the others', for beam 3.
 """
@@ -29,7 +29,7 @@ from napo_jax.generate import Generator, Prompt
 from napo_jax.models import IMAGE_SLOT
 
 NEVER = VOCAB + 1  # the "end": one of the rows behind the vocabulary, which are never said
-BATCH_SIZES = (1, 4, 8)
+BATCH_SIZES = (1, 4, 8, 16)
 
 
 def made_up_prompts(count):

@@ -26,9 +26,9 @@ The same command, given again, follows a run that goes on, and resumes one that 
   --capacity-wait S    how long to wait for the slice, each time (default 86400)
   --grace S            how long a run may take to save when it is stopped (default 600)
   --poll S             how long to wait before asking again (default 30)
-  --delete-after       deletes the slice when the run has ended, however it has
+  --delete-after       deletes the slice when the run has ended, however it has; not when this script is interrupted
   --stop               has the run save and end, for good; the slice stays
-  --delete             deletes the slice
+  --delete             deletes the slice. Both need the run's own --queued and --slices, which name what it has made
   --dry-run            prints the commands and runs none
 
 Exit status: 0 done, 2 wrong usage, config or data (not tried again), 143 stopped by --stop, 1 anything else.
@@ -47,8 +47,11 @@ slices=1 workers=0 retries=10 capacity_wait=86400 grace=600 poll=30
 create_flags=()
 own_flag() {
     case $1 in
-        --create-flag=*) create_flags+=("${1#--create-flag=}") ;;
-        --stop | --delete) mode=${1#--} ;;
+        --create-flag=?*) create_flags+=("${1#--create-flag=}") ;;
+        --stop | --delete)
+            if [[ $mode != run ]]; then wrong "--stop and --delete are one or the other"; fi
+            mode=${1#--}
+            ;;
         *) return 1 ;;
     esac
 }
@@ -190,7 +193,10 @@ check_workers() {
     if ((workers == 0)) || "$dry_run"; then return; fi
     for node in "${nodes[@]}"; do
         found=$("${tpus[@]}" tpu-vm describe "$node" "${where[@]}" '--format=value(networkEndpoints.len())') || return 1
-        if [[ $found != "$workers" ]]; then wrong "slice $node of type $type has $found workers, and --workers is $workers"; fi
+        if [[ $found != "$workers" ]]; then
+            say "slice $node of type $type has $found workers, and --workers is $workers"
+            return 2
+        fi
     done
 }
 
@@ -326,7 +332,7 @@ esac
 trap 'say "no longer followed; the run goes on. The same command follows it again, --stop ends it"; exit 130' INT
 pack
 for ((retry = 0; ; retry++)); do
-    ensure_slice || end 1
+    ensure_slice || end $?
     attempt
     case $outcome in
         0)

@@ -90,19 +90,20 @@ def run_job(make, config, options: BuildOptions, console=None):
         console.note(f"all of that is done: {job.folder}")
         return json.loads(job.summary.read_text())
     check_writable(job.folder)
-    with StopSignal(alone=True) as stop, contextlib.closing(console):
+    with StopSignal(alone=True) as stop:
         check = functools.partial(raise_if_asked, stop)
-        if job.count_missing():
-            job.build(console, check)
-            wait_until(lambda: not job.count_missing(), check)
-        if jax.process_index() > 0:
-            wait_until(lambda: read_manifest(job.books, {}).get("written") == job.written, check)
-            return None
-    job.books.mkdir(parents=True, exist_ok=True)  # it may be that nothing was to be found
-    counts = job.finish()
-    write_durably(job.summary, json.dumps(counts, indent=1))
-    manifest = read_manifest(job.books, job.settings) or {"settings": job.settings}
-    write_manifest(job.books, manifest["settings"], job.written)
+        with contextlib.closing(console):
+            if job.count_missing():
+                job.build(console, check)
+                wait_until(lambda: not job.count_missing(), check)
+            if jax.process_index() > 0:
+                wait_until(lambda: read_manifest(job.books, {}).get("written") == job.written, check)
+                return None
+        job.books.mkdir(parents=True, exist_ok=True)  # it may be that nothing was to be found
+        counts = job.finish()  # who is asked to stop now ends when that is done
+        write_durably(job.summary, json.dumps(counts, indent=1))
+        manifest = read_manifest(job.books, job.settings) or {"settings": job.settings}
+        write_manifest(job.books, manifest["settings"], job.written)
     for line in job.says(counts):
         console.note(line)
     return counts

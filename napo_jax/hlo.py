@@ -117,7 +117,7 @@ class Program:
         steps = [_number(body, name) for name in body[growth].operands] if growth in body else []
         steps = [step for step in steps if step is not None]
         limit = _number(condition, limit.name)
-        if start is None or limit is None or body[growth].opcode != "add" or len(steps) != 1:
+        if start is None or limit is None or len(steps) != 1 or body[growth].opcode != "add":
             return None
         return max(0, -(-(limit - start) // steps[0]))
 

@@ -162,15 +162,14 @@ class Plan:
 
 
 _SAFE = 0.9  # of what is left: a compiler places arrays with gaps
-_NOISE = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "_Network.packed", "jvp()", ""}
-_NOISE |= {"_Network._features"}
+_NOISE = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "jvp()", ""}
 
 
 def in_words(op_name: str) -> str:
     """Says which part of a step an array belongs to.
 
     Examples:
-      >>> in_words("jit(train_step)/transpose(jvp(_Network.packed))/language/language/while/body/mlp/up/dot_general")
+      >>> in_words("jit(train_step)/transpose(jvp(Network.packed))/language/language/while/body/mlp/up/dot_general")
       'language/mlp/up/dot_general, backward'
       >>> in_words("")
       'made by the compiler'
@@ -181,7 +180,8 @@ def in_words(op_name: str) -> str:
     words = []
     for word in op_name.split("/")[1:]:
         bare = re.sub(r"(?:transpose|jvp|jit)\(|\)", "", word)
-        if not {word, bare} & _NOISE and words[-1:] != [bare]:
+        # A method of the whole network is a frame around its parts.
+        if not ({word, bare} & _NOISE or bare.startswith("Network.")) and words[-1:] != [bare]:
             words.append(bare)
     return f"{'/'.join(words)}, {'backward' if backward else 'forward'}"
 
@@ -195,7 +195,7 @@ def part_of(op_name: str) -> str:
     """Says which part of a step an operation belongs to, and not what it does there.
 
     Examples:
-      >>> part_of("jit(train_step)/transpose(jvp(_Network.packed))/language/language/while/body/mlp/up/dot_general")
+      >>> part_of("jit(train_step)/transpose(jvp(Network.packed))/language/language/while/body/mlp/up/dot_general")
       'language/mlp, backward'
       >>> part_of("jit(train_step)/add")
       'optimizer, loss and what has no name'
@@ -251,11 +251,13 @@ def advice(config, model, trained, plan: Plan):
         yield f"--train.reference cache: saves {_size(plan.state.reference)}"
     if config.optimizer.moment_dtype == "float32":
         yield f"--optimizer.moment-dtype bfloat16: saves {_size(2 * own)}"
+    if config.optimizer.second_moment == "full":
+        yield f"--optimizer.second-moment factored: saves {_size(4 * own)}, all but rows and columns"
     if config.optimizer.param_dtype == "float32" and dtype.itemsize == 2:
         yield f"--optimizer.param-dtype bfloat16: saves {_size(2 * own)}, and loses small steps in rounding"
-    room = plan.topology.chip.hbm_bytes - (plan.peak_bytes - state)
-    if room > 0:
-        more = math.ceil(state * mesh["fsdp"] * mesh["tensor"] / room)
+    left = plan.topology.chip.hbm_bytes - (plan.peak_bytes - state)
+    if left > 0:
+        more = math.ceil(state * mesh["fsdp"] * mesh["tensor"] / left)
         yield f"a larger topology: about {more * mesh['data']} devices"
     else:
         yield "a larger topology, with fewer groups on each device"

@@ -463,9 +463,8 @@ def main():
     import napo_jax.evaluate
     import napo_jax.train  # noqa: F401
 
-    while line := os.read(
-        0, 1 << 20
-    ):  # a pipe gives what was written at once; nothing is buffered that a child has too
+    # A pipe gives what was written at once; nothing is buffered that a child has too.
+    while line := os.read(0, 1 << 20):
         if (status := raise_children(json.loads(line))) is not None:
             sys.exit(status)
 

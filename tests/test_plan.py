@@ -362,6 +362,7 @@ def test_what_is_advised_is_what_it_saves():
     assert lines[4] == "--train.reference cache: saves 0.25 GiB"
     assert lines[5].startswith("--optimizer.moment-dtype bfloat16: saves ")
     assert float(lines[5].split()[3]) == pytest.approx(2 * own / 2**20, abs=0.06)
-    assert lines[6].startswith("--optimizer.param-dtype bfloat16: saves ")
+    assert lines[6].startswith("--optimizer.second-moment factored: saves ")
+    assert lines[7].startswith("--optimizer.param-dtype bfloat16: saves ")
     # Room for 0.75 GiB of state beside 0.25 of all else, and 1.75 GiB on each of four.
-    assert lines[7] == "a larger topology: about 20 devices"
+    assert lines[8] == "a larger topology: about 20 devices"

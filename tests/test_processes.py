@@ -17,9 +17,8 @@ from napo_jax import processes
 from napo_jax.processes import together
 
 STEPS = 8
-LATE = (
-    600  # seconds after which a process that should have ended by itself has failed: processors may be busy elsewhere
-)
+# Seconds after which a process that should have ended by itself has failed: processors may be busy elsewhere.
+LATE = 600
 RATES = ("seconds_per_step", "examples_per_second", "tokens_per_second")
 
 

@@ -93,8 +93,7 @@ json() {
 manifest=$(<"$template")
 flags_text=$(json "${flags[@]}")
 # Kubernetes replaces $(NAME) in arguments; $$ is a dollar.
-# shellcheck disable=SC2016 # that is what is meant
-flags_text=${flags_text//'$('/'$$('}
+flags_text=${flags_text//'$'/'$$'}
 fill() { manifest=${manifest//"$1"/"$2"}; }
 without() { manifest=$(grep -vE "# $1\$" <<<"$manifest"); }
 if ! "$spot"; then without spot; fi
