@@ -255,6 +255,27 @@ def test_deleting_deletes(world):
     assert verbs(world) == ["tpu-vm delete", "queued-resources delete"]
 
 
+def test_a_slice_of_another_size_than_asked_for_is_not_run_on(world):
+    """And deleted if it was to be: it costs as much as one that runs."""
+    world = world()
+    done = launch(world, "--workers", "9", "--delete-after")
+    assert done.returncode == 2
+    assert "slice a-run of type v5litepod-8 has 2 workers, and --workers is 9" in done.stderr
+    assert world.calls("train") == []
+    assert verbs(world) == ["tpu-vm create", "tpu-vm delete"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--stop", "--delete"], "--stop and --delete are one or the other"), (["--create-flag="], "unknown argument")],
+)
+def test_what_cannot_be_meant_is_refused(world, options, says):
+    world = world()
+    done = launch(world, *options, flags=[])
+    assert (done.returncode, world.calls("gcloud")) == (2, [])
+    assert says in done.stderr
+
+
 def test_a_dry_run_shows_it_all_and_asks_nobody(world):
     world = world()
     done = launch(world, "--dry-run", "--slices", "2")
