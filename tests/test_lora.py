@@ -192,7 +192,7 @@ def test_a_merged_model_is_the_model_with_adapters():
     merged = dict(leaves)
     merge_adapters(merged, lora)
     got = run(model.without_adapters, unflatten(merged), ids, images)
-    assert close(got, want, 1e-5)
+    assert close(got, want, 1e-4)  # a whole model, whose sums are taken in another order; a block is held to 1e-5
     assert not close(without, want, 1e-1)
 
 
