@@ -9,7 +9,14 @@ from stand_ins import World
 
 SCRIPT = Path(__file__).parent.parent / "launch/gke/apply.sh"
 # With what YAML, a shell or Kubernetes would take for something else.
-FLAGS = ["--config", "configs/llava7b.py", "--workdir", 'gs://bucket/"a" \\ & $HOME $(HOME) $$ __NAME__', "--x", "no: #1"]
+FLAGS = [
+    "--config",
+    "configs/llava7b.py",
+    "--workdir",
+    'gs://bucket/"a" \\ & $HOME $(HOME) $$ __NAME__',
+    "--x",
+    "no: #1",
+]
 NAMES = ["--name", "a-run", "--image", "host/p/i:1"]
 TPU = [*NAMES, "--type", "tpu-v5-lite-podslice", "--topology", "4x4", "--chips", "4"]
 GPU = [*NAMES, "--type", "nvidia-h100-80gb", "--chips", "8", "--workers", "2"]

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -366,3 +367,11 @@ def test_what_is_advised_is_what_it_saves():
     assert lines[7].startswith("--optimizer.param-dtype bfloat16: saves ")
     # Room for 0.75 GiB of state beside 0.25 of all else, and 1.75 GiB on each of four.
     assert lines[8] == "a larger topology: about 20 devices"
+
+
+def test_no_table_of_the_page_is_empty():
+    """They are written by `benchmarks/plan_table.py` and `scaling.py`."""
+    page = (ROOT / "docs" / "plan.md").read_text()
+    blocks = re.findall(r"<!-- (\w+): begin -->\n(.*?)<!-- \1: end -->", page, re.DOTALL)
+    assert {name for name, _ in blocks} == {"plan_table", "plan_scale", "plan_lean", "scaling"}
+    assert all(block.count("\n") > 5 for _, block in blocks)
