@@ -4,10 +4,10 @@
 
 configs/shapes.py on the small world's shipped pairs, from the shipped base model: with AdamW (float32 parameters and
 two float32 moments), with a first moment in bfloat16, and with a second moment of rows and columns beside that. Seeds
-draw the batches and which pictures are held out; a seed has the same ones with each optimizer. The distance between two curves is the
-root of the mean square of their differences, over the held-out loss at its evaluations and the training loss at each
-step. The last line is JSON; `ratio` is the mean distance between an optimizer's curve of the held-out loss and
-AdamW's of the same seed, over that between two seeds of AdamW: the leanest optimizer's.
+draw the batches and which pictures are held out; a seed has the same ones with each optimizer. The distance between two
+curves is the root of the mean square of their differences, over the held-out loss at its evaluations and the training
+loss at each step. The last line is JSON; `ratio` is the mean distance between the leanest optimizer's curve of the
+held-out loss and AdamW's of the same seed, over that between two seeds of AdamW.
 """
 
 import argparse
