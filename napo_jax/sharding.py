@@ -72,9 +72,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         raise ValueError(
             f"{shape[0]} copies of the model (data) do not divide among {slices} slices: --mesh.data {slices}, say"
         )
-    # A side of the torus may be cut among two axes: 32 x 2 is laid over 8 x 8 too, with neighbours along both.
     if devices[0].platform == "cpu":
         layout = np.array(devices).reshape(shape)
+    # A side of the torus may be cut among two axes: 32 x 2 is laid over 8 x 8 too, with neighbours along both.
     elif slices > 1:
         inner = (shape[0] // slices, shape[1], shape[2])
         layout = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
