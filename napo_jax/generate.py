@@ -62,12 +62,21 @@ class Generator:
     """Generates answers with one model and one way of decoding.
 
     Attributes:
-      params: the model's parameters; others of the same shapes may take their place between two calls.
       slots: int, prompts that are answered at a time.
     """
 
     def __init__(
-        self, model: Llava, params, decoding: Decoding, *, eos=2, unk=0, slots=8, prompt_tokens=1024, mesh=None
+        self,
+        model: Llava,
+        params,
+        decoding: Decoding,
+        *,
+        eos=2,
+        unk=0,
+        slots=8,
+        prompt_tokens=1024,
+        mesh=None,
+        apart=None,
     ):
         """Makes one; programs are compiled when they are needed.
 
@@ -81,6 +90,8 @@ class Generator:
           prompt_tokens: the most tokens of a prompt, its image tokens included.
           mesh: made by `sharding.make_mesh`, on which the parameters lie: slots are cut over its rows, and what is kept
             of prompts and answers over heads besides. None: one device.
+          apart: whether a layer's weights, and what is kept of it, are arrays of their own. None: on a CPU, which in a
+            loop over layers would copy them out of those of all at every token.
         """
         text = model.config.text
         if prompt_tokens + decoding.max_tokens > text.max_positions:
@@ -91,17 +102,20 @@ class Generator:
         self._rows = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
         if slots % self._rows:
             raise ValueError(f"{slots} slots do not divide among {self._rows} devices (mesh.data x mesh.fsdp)")
-        self._model, self.params, self._decoding, self._eos, self._unk = model, params, decoding, eos, unk
+        self._model, self._decoding, self._eos, self._unk = model, decoding, eos, unk
         self.slots, self._prompt_tokens, self._mesh = slots, prompt_tokens, mesh
         self._in_row = max(1, slots // 4 // self._rows)  # prompts that are read at a time, by a row of devices
         self._others = len(without_picture(np.zeros(0, np.int32), decoding.debias))  # prompts that each is held against
-        # A loop over layers takes a layer's weights, and what was kept, out of those of all: accelerators as they read
-        # them, but a CPU copies them at each token. Apart, they are copied once for many tokens, and are there twice.
-        self._apart = jax.default_backend() == "cpu"
+        self._apart = jax.default_backend() == "cpu" if apart is None else apart
+        self.use(params)
         places = self._places()
         self._empty = jax.jit(self._empty, out_shardings=places)  # compiled, so that no two of its arrays are one
         self._read = jax.jit(self._read, donate_argnums=1, out_shardings=places)
-        self._go_on = jax.jit(self._go_on, donate_argnums=1, static_argnums=(2, 5), out_shardings=places)
+        self._go_on = jax.jit(self._go_on, donate_argnums=1, static_argnums=2, out_shardings=places)
+
+    def use(self, params) -> None:
+        """Takes other parameters, of the same shapes; not while answers are being said."""
+        self._params = jax.jit(layers_apart)(params) if self._apart else params
 
     @property
     def kept_bytes(self) -> int:
@@ -132,7 +146,7 @@ class Generator:
             enough = min(self.slots, len(free) + together) if more else self.slots
             with self._on_mesh():
                 most = self._decoding.max_tokens
-                state = self._go_on(self.params, state, self._window(longest), enough, most, self._apart)
+                state = self._go_on(self._params, state, self._window(longest), enough, most)
                 tokens, lengths, scores, done, said = self._fetch(state.search)
             for slot in [slot for slot in keys if done[slot]]:
                 ids = tokens[slot, : lengths[slot]].tolist()
@@ -151,7 +165,7 @@ class Generator:
         with self._on_mesh():
             state = self._take_in(self._empty(), [prompt], self._free_places({0}))
             for said in range(self._decoding.max_tokens):
-                state = self._go_on(self.params, state, self._window(said), 1, 1, False)
+                state = self._go_on(self._params, state, self._window(said), 1, 1)
                 token = int(state.search.tokens[0, 0, said])
                 if token == self._eos:
                     return
@@ -166,7 +180,9 @@ class Generator:
             return None
         heads = "tensor" if self._model.config.text.kv_heads % self._mesh.shape["tensor"] == 0 else None
         by_row = over_rows(self._mesh)
-        stream = _Stream(Kept(*[NamedSharding(self._mesh, PartitionSpec(None, ROWS, heads))] * 4), by_row)
+        spec = PartitionSpec(ROWS, heads) if self._apart else PartitionSpec(None, ROWS, heads)
+        kept = Kept(*[NamedSharding(self._mesh, spec)] * 4)
+        stream = _Stream([kept] * self._model.config.text.layers if self._apart else kept, by_row)
         return _State(Search(*[by_row] * len(Search._fields)), (stream,) * (1 + self._others), by_row)
 
     def _fetch(self, search):
@@ -193,10 +209,12 @@ class Generator:
         """Returns the state of slots without prompts."""
         config, beams = self._model.config, self._decoding.beams
         text, slots = config.text, self.slots
-        zeros = lambda *shape: jnp.zeros((text.layers, slots, text.kv_heads, *shape, text.head_width), config.dtype)
+        layers = () if self._apart else (text.layers,)
+        zeros = lambda *shape: jnp.zeros((*layers, slots, text.kv_heads, *shape, text.head_width), config.dtype)
         said = (beams, self._decoding.max_tokens)
-        kept = lambda: Kept(*[zeros(self._prompt_tokens)] * 2, *[zeros(*said)] * 2)
-        streams = tuple(_Stream(kept(), jnp.ones(slots, jnp.int32)) for _ in range(1 + self._others))
+        kept = Kept(*[zeros(self._prompt_tokens)] * 2, *[zeros(*said)] * 2)
+        stream = _Stream([kept] * text.layers if self._apart else kept, jnp.ones(slots, jnp.int32))
+        streams = (stream,) * (1 + self._others)
         logits = jnp.zeros((slots, beams, text.vocab_size), jnp.float32)
         return _State(begin(slots, self._decoding), streams, logits)
 
@@ -227,7 +245,7 @@ class Generator:
         if self._mesh is not None:
             arrays = jax.device_put(arrays, over_rows(self._mesh))
         with self._on_mesh():
-            return self._read(self.params, state, *arrays)
+            return self._read(self._params, state, *arrays)
 
     def _check(self, prompt):
         """Raises if a prompt cannot be answered: what is compiled would say nonsense to it."""
@@ -259,18 +277,18 @@ class Generator:
             written = jax.vmap(lambda old, new, at: old.at[at].set(new, mode="drop"))(cut(old), cut(new), cut(local))
             return written.reshape(old.shape)
 
-        def put_prompts(old, new):
-            """Writes new [L, n, G, P, K] into the first places of some prompts of old [L, S, G, ...]."""
-            into = lambda old, new: old.at[:, :, : new.shape[2]].set(put(old[:, :, : new.shape[2]], new))
-            return jax.vmap(into)(old, new)
+        def put_prompts(kept, new):
+            """Writes new keys and values [n, G, P, K] into the first places of some prompts, in one layer."""
+            write = jax.vmap(lambda old, new, at: old.at[at, :, : new.shape[2]].set(new, mode="drop"))
+            into = lambda old, new: write(cut(old), cut(new), cut(local)).reshape(old.shape)
+            keys, values = into(kept.prompt_keys, new[0]), into(kept.prompt_values, new[1])
+            return kept._replace(prompt_keys=keys, prompt_values=values)
 
         logits, streams = [], []
         for i, (stream, (ids, lengths)) in enumerate(zip(state.streams, batches, strict=True)):
-            said, (keys, values) = self._model.prompts(params, None if i else images, ids, lengths)
-            prompts = put_prompts(stream.kept.prompt_keys, keys), put_prompts(stream.kept.prompt_values, values)
-            kept = stream.kept._replace(prompt_keys=prompts[0], prompt_values=prompts[1])
+            said, new = self._model.prompts(params, None if i else images, ids, lengths)
             logits.append(said)
-            streams.append(_Stream(kept, put(stream.lengths, lengths)))
+            streams.append(_Stream(self._by_layer(put_prompts, stream.kept, new), put(stream.lengths, lengths)))
         debias, first = self._decoding.debias, logits[0]
         if debias.labels:
             pictured = jnp.any(batches[0][0] == IMAGE_SLOT, axis=1)
@@ -281,6 +299,10 @@ class Generator:
         new = begin(len(seeds), self._decoding)._replace(seeds=seeds, done=jnp.zeros(len(seeds), bool))
         return _State(jax.tree.map(put, state.search, new), tuple(streams), put(state.logits, first))
 
+    def _by_layer(self, change, *kept):
+        """Applies a function of what is kept of one layer to that of each."""
+        return list(map(change, *kept)) if self._apart else jax.vmap(change)(*kept)
+
     def _choose(self, search, logits):
         """Chooses the next token of every beam, each row of devices for its own slots: nothing else is like another."""
         run = lambda search, logits: choose(search, logits, self._decoding, self._eos)
@@ -289,30 +311,21 @@ class Generator:
             run = jax.shard_map(run, in_specs=by_row, out_specs=by_row, check_vma=False)
         return run(search, logits)
 
-    def _go_on(self, params, state, window, enough, most, apart):
+    def _go_on(self, params, state, window, enough, most):
         """Says at most so many tokens, until enough slots are done or one has filled the window."""
         debias = self._decoding.debias
         whole = state.streams
         near = lambda kept: kept._replace(
             beam_keys=kept.beam_keys[..., :window, :], beam_values=kept.beam_values[..., :window, :]
         )
-        params, lay = (layers_apart(params), Kept.by_layer) if apart else (params, lambda kept: kept)
-        state = state._replace(streams=tuple(stream._replace(kept=lay(near(stream.kept))) for stream in whole))
+        state = state._replace(streams=tuple(each._replace(kept=self._by_layer(near, each.kept)) for each in whole))
 
         def hear(stream, ids, search, before):
             """Reads what was said behind one of the prompts; returns the logits of the next token."""
-            mix = NextToken(stream.lengths, search.row_of[:, :, :window], before)
-            logits, new = self._model.next_token(params, ids, mix, stream.kept)
-            # Slot by slot, which tells the compiler that no device needs what another one writes.
-            into = lambda kept, new, at: kept.at[..., at, :].set(new.swapaxes(-3, -2), mode="drop")
-            slot = 0 if apart else 1
-            write = jax.vmap(into, (slot, slot, 0), slot)
-
-            def keep(kept, new):
-                keys, values = (write(old, one, before) for old, one in zip(kept[2:], new, strict=True))
-                return kept._replace(beam_keys=keys, beam_values=values)
-
-            kept = list(map(keep, stream.kept, new)) if apart else keep(stream.kept, new)
+            mix = NextToken(stream.lengths, search.row_of[:, :, :window], before, writes=self._apart)
+            logits, kept = self._model.next_token(params, ids, mix, stream.kept)
+            if not mix.writes:
+                kept = self._by_layer(lambda kept, new: kept.say(*new, before), stream.kept, kept)
             return logits, stream._replace(kept=kept)
 
         def say(carry):
@@ -331,18 +344,13 @@ class Generator:
             return (jnp.sum(search.done) < enough) & room & (times < most)
 
         state, _ = jax.lax.while_loop(wanted, say, (state, 0))
-        put_back = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=4)
-
-        def back(old, new):
-            """Returns what was kept, with what was said since in its place."""
-            keys, values = (
-                jnp.stack([getattr(kept, name) for kept in new]) if apart else getattr(new, name)
-                for name in ("beam_keys", "beam_values")
-            )
-            return old._replace(beam_keys=put_back(old.beam_keys, keys), beam_values=put_back(old.beam_values, values))
-
+        put_back = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=3)
+        back = lambda old, new: old._replace(
+            beam_keys=put_back(old.beam_keys, new.beam_keys), beam_values=put_back(old.beam_values, new.beam_values)
+        )
         streams = tuple(
-            new._replace(kept=back(old.kept, new.kept)) for old, new in zip(whole, state.streams, strict=True)
+            new._replace(kept=self._by_layer(back, old.kept, new.kept))
+            for old, new in zip(whole, state.streams, strict=True)
         )
         return state._replace(streams=streams)
 

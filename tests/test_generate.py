@@ -79,8 +79,10 @@ def by_torch(model, prompt, **options):
 def by_us(params, prompts, slots=4, mesh=None, **options):
     """Returns {key: tokens, with the end}."""
     decoding = Decoding(**{"max_tokens": MOST} | options)
-    generator = Generator(Llava(CONFIG), params, decoding, eos=EOS, slots=slots, prompt_tokens=64, mesh=mesh)
-    generator._apart = mesh is None  # a mesh stands for accelerators, which go through the layers in a loop
+    apart = mesh is None  # a mesh stands for accelerators, which go through the layers in a loop
+    generator = Generator(
+        Llava(CONFIG), params, decoding, eos=EOS, slots=slots, prompt_tokens=64, mesh=mesh, apart=apart
+    )
     return {answer.key: answer.ids + [EOS] * answer.ended for answer in generator(prompts)}
 
 
@@ -135,12 +137,19 @@ def test_what_a_mesh_keeps_is_cut_and_no_device_asks_another_for_it(params):
     mesh = make_mesh(MeshConfig(8, 1))
     with jax.set_mesh(mesh):
         generator = Generator(
-            Llava(CONFIG), params, Decoding(beams=3, max_tokens=MOST), eos=EOS, slots=16, prompt_tokens=64, mesh=mesh
+            Llava(CONFIG),
+            params,
+            Decoding(beams=3, max_tokens=MOST),
+            eos=EOS,
+            slots=16,
+            prompt_tokens=64,
+            mesh=mesh,
+            apart=False,
         )
         state = generator._empty()
         for leaf in jax.tree.leaves(state.streams):
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size
-        text = generator._go_on.lower(params, state, MOST, 8, MOST, False).compile().as_text()
+        text = generator._go_on.lower(params, state, MOST, 8, MOST).compile().as_text()
     sent = re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)", text)
     assert sent == ["s32[]", "s32[]"]
 

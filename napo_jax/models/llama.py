@@ -1,6 +1,7 @@
 """The Llama decoder over the streams of a `Layout`."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -160,22 +161,23 @@ class Llama(nn.Module):
           embeddings: float[B, S, D].
           positions: int32[B, S].
           mix: how tokens see each other; see `napo_jax.models.mixing`.
-          kept: what `mix` reads, layers in front; or a list of it by layer, where the parameters are apart too; or
+          kept: what `mix` reads, layers in front; or a list of it by layer, with parameters that are `layers_apart`; or
             None.
 
         Returns:
-          hidden states float[B, S, D], and what `mix` keeps, in the form of `kept`.
+          hidden states float[B, S, D], and what `mix` keeps, layers in front or by layer.
         """
         tables = rope_tables(positions, self.config.head_width, self.config.rope_theta)
-        run = self._layers_apart if isinstance(kept, list) else self.layers
+        apart = self.get_variable("params", "layers")
+        run = partial(self._layers_apart, apart) if isinstance(apart, tuple) else self.layers
         x, kept = run(keep_rows(embeddings), tables, mix, kept)
         return keep_rows(self.norm(x)), kept
 
-    def _layers_apart(self, x, tables, mix, kept):
+    def _layers_apart(self, layers, x, tables, mix, kept):
         """Runs the layers with parameters, and what was kept, of a layer each; see `layers_apart`."""
         layer = DecoderLayer(self.config, self.lora, self.dtype, self.param_dtype, parent=None)
         after = []
-        for params, of_layer in zip(self.get_variable("params", "layers"), kept, strict=True):
+        for params, of_layer in zip(layers, kept or [None] * len(layers), strict=True):
             x, of_layer = layer.apply({"params": params}, x, tables, mix, of_layer)
             after.append(of_layer)
         return x, after

@@ -162,7 +162,8 @@ class Llava:
           lengths: int32[B].
 
         Returns:
-          float32[B, V], the logits of the first token to say; and (keys, values), float[L, B, G, P, K] each.
+          float32[B, V], the logits of the first token to say; and (keys, values), float[L, B, G, P, K] each. With
+          parameters that are `layers_apart`, a list of them by layer.
         """
         if images is not None:
             check_images(images, ids.shape[:1], self.config)
@@ -178,8 +179,8 @@ class Llava:
           kept: `Kept`; or a list of it by layer, with parameters that are `layers_apart`.
 
         Returns:
-          float32[S, N, V], the logits of the tokens to say next; and (keys, values), float[L, S, N, G, K] each, or a
-          list of them by layer.
+          float32[S, N, V], the logits of the tokens to say next; and (keys, values), float[L, S, N, G, K] each, or, if
+          `mix.writes`, what is kept then, in the form of `kept`.
         """
         return self._apply(params, ids, mix, kept, method="next_token")
 

@@ -59,9 +59,13 @@ class Kept(NamedTuple):
     beam_keys: jax.Array  # float[L, S, G, N, T, K], by the row that a beam had when it said the token
     beam_values: jax.Array
 
-    def by_layer(self) -> list["Kept"]:
-        """Returns the same of each layer, as arrays of its own."""
-        return [Kept(*(x[layer] for x in self)) for layer in range(self.prompt_keys.shape[0])]
+    def say(self, keys, values, said) -> "Kept":
+        """Returns the same of one layer with the token behind said int32[S]: keys and values float[S, N, G, K]."""
+        # Slot by slot, which tells the compiler that no device needs what another one writes.
+        into = jax.vmap(lambda kept, new, at: kept.at[:, :, at].set(new.swapaxes(0, 1), mode="drop"))
+        return self._replace(
+            beam_keys=into(self.beam_keys, keys, said), beam_values=into(self.beam_values, values, said)
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -76,19 +80,27 @@ class NextToken:
     prompt_lengths: jax.Array  # int32[S]
     row_of: jax.Array  # int32[S, N, T], in which row beam n finds its token of time t
     said: jax.Array  # int32[S], tokens that were said before
+    # Whether the token goes to what is kept here, or is handed back. A loop over layers would copy all that it writes
+    # to; without one it is written before it is read, so that it is in place.
+    writes: bool = dataclasses.field(metadata={"static": True})
 
     def __call__(self, q, k, v, kept):
-        """Maps q float[S, N, H, K] and k, v float[S, N, G, K] to (float[S, N, H, K], (k, v)); kept is of a layer."""
+        """Maps q float[S, N, H, K] and k, v float[S, N, G, K] to (float[S, N, H, K], kept or (k, v)), of a layer."""
+        after = k, v
+        if self.writes:
+            kept = after = kept.say(k, v, self.said)
         prompt_keys, prompt_values, beam_keys, beam_values = kept
         slots, beams, _, width = q.shape
         rows, times = beam_keys.shape[2:4]
         grouped = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(slots, beams, k.shape[2], -1, width).swapaxes(1, 2)
         product = lambda spec, x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-        over_prompt = product("sgnrk,sgpk->sgnrp", grouped, prompt_keys)
+        # Keys first: few queries against many keys, the other way round, take a CPU 2 to 10 times as long.
+        look = lambda keys: jnp.moveaxis(product("sgnrk,sgpk->sgpnr", grouped, keys), 2, -1)
+        over_prompt = look(prompt_keys)
         there = jnp.arange(prompt_keys.shape[2])[None] < self.prompt_lengths[:, None]
         over_prompt = jnp.where(there[:, None, None, None], over_prompt, -jnp.inf)
         flat = lambda x: x.reshape(*x.shape[:2], rows * times, width)  # as one axis: products over two are slow
-        over_beams = product("sgnrk,sgpk->sgnrp", grouped, flat(beam_keys))
+        over_beams = look(flat(beam_keys))
         own = self.row_of[:, :, None] == jnp.arange(rows)[None, None, :, None]
         own &= (jnp.arange(times)[None] < self.said[:, None])[:, None, None]
         own = own.reshape(slots, 1, beams, 1, rows * times)
@@ -101,4 +113,4 @@ class NextToken:
         out = product("sgnrp,sgpk->sgnrk", of_prompt, prompt_values)
         out += product("sgnrp,sgpk->sgnrk", of_beams, flat(beam_values))
         out += of_itself.astype(jnp.float32) * v.swapaxes(1, 2)[:, :, :, None].astype(jnp.float32)
-        return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype), (k, v)
+        return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype), after

@@ -77,7 +77,7 @@ class Examiner:
 
     def ask(self, prompts, params=None) -> dict:
         """Returns {key: text}, the answers to prompts that are no longer than the exams' longest."""
-        self._generator.params = self._speaker.params if params is None else params
+        self._generator.use(self._speaker.params if params is None else params)
         return {answer.key: self._speaker.spell(answer.ids) for answer in self._generator(prompts)}
 
     def score(self, said) -> dict[str, dict]:
