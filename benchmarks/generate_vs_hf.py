@@ -71,7 +71,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each answer")
-    parser.add_argument("--slots", type=int, default=8, help="prompts that this code answers at a time")
+    parser.add_argument("--slots", type=int, default=16, help="prompts that this code answers at a time")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 

@@ -154,6 +154,20 @@ def test_what_a_mesh_keeps_is_cut_and_no_device_asks_another_for_it(params):
     assert sent == ["s32[]", "s32[]"]
 
 
+def test_what_is_kept_is_written_in_place(params):
+    """Read and written by the same step, it would be copied at every token if it were written after it is read."""
+    generator = Generator(
+        Llava(CONFIG), params, Decoding(beams=3, max_tokens=MOST), eos=EOS, slots=2, prompt_tokens=64, apart=True
+    )
+    state = generator._empty()
+    kept = state.streams[0].kept[0]
+    assert kept.beam_keys.shape not in (kept.prompt_keys.shape, state.search.tokens.shape)
+    text = generator._go_on.lower(generator._params, state, MOST, 2, MOST).compile().as_text()
+    shape = f"f32[{','.join(map(str, kept.beam_keys.shape))}]"
+    assert re.findall(rf"= {re.escape(shape)}\S* (?:fusion|scatter|dynamic-update-slice)\(", text), "nothing is written"
+    assert not re.findall(rf"= {re.escape(shape)}\S* copy\(", text)
+
+
 @pytest.mark.parametrize("options", [{}, {"beams": 3}], ids=["greedy", "beams"])
 def test_windows_over_what_was_said_change_nothing(params, prompts, monkeypatch, options):
     plain = by_us(params, prompts, **options)

@@ -72,19 +72,20 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, tables, mix, kept=None):
-        """Maps float[B, S, D] to the same, and returns what `mix` makes of what was kept."""
+        """Maps float[B, S, D] to the same of those that ask, and returns what `mix` makes of what was kept."""
         config = self.config
 
-        def project(heads, name):
+        def project(x, heads, name):
             width = heads * config.head_width
             y = Linear(width, self.lora, self.dtype, self.param_dtype, name=name)(x)
             return y.reshape(*x.shape[:2], heads, config.head_width)
 
-        q, k = rotate(project(config.heads, "query"), tables), rotate(project(config.kv_heads, "key"), tables)
-        v = project(config.kv_heads, "value")
+        asking = mix.asking(x)
+        q = rotate(project(asking, config.heads, "query"), [mix.asking(table) for table in tables])
+        k, v = rotate(project(x, config.kv_heads, "key"), tables), project(x, config.kv_heads, "value")
         out, kept = mix(q, k, v, kept)
         dense = Linear(config.width, self.lora, self.dtype, self.param_dtype, name="out")
-        return dense(out.reshape(x.shape)), kept
+        return dense(out.reshape(asking.shape)), kept
 
 
 class Mlp(nn.Module):
@@ -113,11 +114,11 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, tables, mix, kept=None):
-        """Maps float[B, S, D] to the same, and what was kept to what is kept then."""
+        """Maps float[B, S, D] to the same of those that ask, and what was kept to what is kept then."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h = RmsNorm(self.config.norm_eps, **types, name="attention_norm")(x)
         h, kept = Attention(self.config, self.lora, **types, name="attention")(h, tables, mix, kept)
-        x = x + h
+        x = mix.asking(x) + h
         h = RmsNorm(self.config.norm_eps, **types, name="mlp_norm")(x)
         return keep_rows(x + Mlp(self.config, self.lora, **types, name="mlp")(h)), kept
 
@@ -165,7 +166,8 @@ class Llama(nn.Module):
             None.
 
         Returns:
-          hidden states float[B, S, D], and what `mix` keeps, layers in front or by layer.
+          hidden states float[B, S, D], with parameters that are apart those alone that `mix.in_last_layer` asks for; and
+          what `mix` keeps, layers in front or by layer.
         """
         tables = rope_tables(positions, self.config.head_width, self.config.rope_theta)
         apart = self.get_variable("params", "layers")
@@ -176,9 +178,10 @@ class Llama(nn.Module):
     def _layers_apart(self, layers, x, tables, mix, kept):
         """Runs the layers with parameters, and what was kept, of a layer each; see `layers_apart`."""
         layer = DecoderLayer(self.config, self.lora, self.dtype, self.param_dtype, parent=None)
+        mixes = [mix] * (len(layers) - 1) + [mix.in_last_layer]
         after = []
-        for params, of_layer in zip(layers, kept or [None] * len(layers), strict=True):
-            x, of_layer = layer.apply({"params": params}, x, tables, mix, of_layer)
+        for params, mix_of_layer, of_layer in zip(layers, mixes, kept or [None] * len(layers), strict=True):
+            x, of_layer = layer.apply({"params": params}, x, tables, mix_of_layer, of_layer)
             after.append(of_layer)
         return x, after
 

@@ -1,4 +1,7 @@
-"""How tokens see each other: those of a whole group at once, of a prompt that is kept, or the next token of beams."""
+"""How tokens see each other: those of a whole group at once, of a prompt that is kept, or the next token of beams.
+
+A mix also says which tokens ask, and so go on: all, or in the last layer those alone whose results somebody reads.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -29,6 +32,15 @@ class WholeGroups:
         out = attend(q, k, v, self.layout, self.prefix_lengths, self.answer_lengths, self.backend)
         return (out if self.order is None else self.order.pack(out)), kept
 
+    def asking(self, x):
+        """Returns what of float[B, S, ...] belongs to tokens that ask."""
+        return x
+
+    @property
+    def in_last_layer(self):
+        """The mix of the last layer."""
+        return self
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +49,41 @@ class Prompts:
 
     lengths: jax.Array  # int32[B]
     backend: str = dataclasses.field(metadata={"static": True})
+    last_alone: bool = dataclasses.field(default=False, metadata={"static": True})  # whether its last token alone asks
 
     def __call__(self, q, k, v, kept):
-        """Maps float[B, P, ...] to (float[B, P, H, K], (keys, values)), these float[B, G, P, K]."""
+        """Maps float[B, P or 1, H, K] and float[B, P, G, K] to (float[B, P or 1, H, K], (keys, values)).
+
+        Keys and values are float[B, G, P, K].
+        """
         del kept
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if self.last_alone:
+            return _of_one(q, keys, values, self.lengths), (keys, values)
         layout, no_answers = Layout(q.shape[1]), jnp.zeros((q.shape[0], 0), jnp.int32)
-        return attend(q, k, v, layout, self.lengths[:, None], no_answers, self.backend), (
-            k.swapaxes(1, 2),
-            v.swapaxes(1, 2),
-        )
+        return attend(q, k, v, layout, self.lengths[:, None], no_answers, self.backend), (keys, values)
+
+    def asking(self, x):
+        """Returns what of float[B, P, ...] belongs to tokens that ask, [B, P or 1, ...]."""
+        if not self.last_alone:
+            return x
+        return jnp.take_along_axis(x, (self.lengths - 1).reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+
+    @property
+    def in_last_layer(self):
+        """The mix of the last layer: what is said behind a prompt depends on no other token of it."""
+        return dataclasses.replace(self, last_alone=True)
+
+
+def _of_one(q, keys, values, lengths):
+    """Maps one query of each row, float[B, 1, H, K], over int32[B] of float[B, G, P, K] to float[B, 1, H, K]."""
+    batch, _, _, width = q.shape
+    grouped = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch, keys.shape[1], -1, width)
+    scores = jnp.einsum("bgrk,bgpk->bgrp", grouped, keys, preferred_element_type=jnp.float32)
+    there = jnp.arange(keys.shape[2])[None] < lengths[:, None]
+    weights = jax.nn.softmax(jnp.where(there[:, None, None], scores, -jnp.inf), axis=-1).astype(values.dtype)
+    out = jnp.einsum("bgrp,bgpk->bgrk", weights, values, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(values.dtype)
 
 
 class Kept(NamedTuple):
@@ -114,3 +152,12 @@ class NextToken:
         out += product("sgnrp,sgpk->sgnrk", of_beams, flat(beam_values))
         out += of_itself.astype(jnp.float32) * v.swapaxes(1, 2)[:, :, :, None].astype(jnp.float32)
         return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype), after
+
+    def asking(self, x):
+        """Returns what of float[S, N, ...] belongs to tokens that ask."""
+        return x
+
+    @property
+    def in_last_layer(self):
+        """The mix of the last layer."""
+        return self

@@ -130,7 +130,8 @@ class Network(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         with jax.named_scope("language"):
             hidden, kept = self.language(embeddings, positions, Prompts(lengths, self.config.attention))
-        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        last = jnp.minimum(lengths, hidden.shape[1]) - 1  # there may be that of the last token alone
+        last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self.language.logits(last), kept
 
     def next_token(self, ids, mix, kept):
