@@ -5,7 +5,6 @@ does not hold up the others. What a prompt's answer is does not depend on its co
 """
 
 import contextlib
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -210,9 +209,9 @@ class Generator:
         config, beams = self._model.config, self._decoding.beams
         text, slots = config.text, self.slots
         layers = () if self._apart else (text.layers,)
-        zeros = lambda *shape: jnp.zeros((*layers, slots, text.kv_heads, *shape, text.head_width), config.dtype)
-        said = (beams, self._decoding.max_tokens)
-        kept = Kept(*[zeros(self._prompt_tokens)] * 2, *[zeros(*said)] * 2)
+        zeros = lambda *shape: jnp.zeros((*layers, slots, text.kv_heads, *shape), config.dtype)
+        asked, said, width = (self._prompt_tokens,), (beams, self._decoding.max_tokens), (text.head_width,)
+        kept = Kept(zeros(*width, *asked), zeros(*asked, *width), zeros(*width, *said), zeros(*said, *width))
         stream = _Stream([kept] * text.layers if self._apart else kept, jnp.ones(slots, jnp.int32))
         streams = (stream,) * (1 + self._others)
         logits = jnp.zeros((slots, beams, text.vocab_size), jnp.float32)
@@ -278,8 +277,8 @@ class Generator:
             return written.reshape(old.shape)
 
         def put_prompts(kept, new):
-            """Writes new keys and values [n, G, P, K] into the first places of some prompts, in one layer."""
-            write = jax.vmap(lambda old, new, at: old.at[at, :, : new.shape[2]].set(new, mode="drop"))
+            """Writes new keys [n, G, K, P] and values [n, G, P, K] into the first places of some prompts of a layer."""
+            write = jax.vmap(lambda old, new, at: old.at[at, :, : new.shape[2], : new.shape[3]].set(new, mode="drop"))
             into = lambda old, new: write(cut(old), cut(new), cut(local)).reshape(old.shape)
             keys, values = into(kept.prompt_keys, new[0]), into(kept.prompt_values, new[1])
             return kept._replace(prompt_keys=keys, prompt_values=values)
@@ -316,7 +315,7 @@ class Generator:
         debias = self._decoding.debias
         whole = state.streams
         near = lambda kept: kept._replace(
-            beam_keys=kept.beam_keys[..., :window, :], beam_values=kept.beam_values[..., :window, :]
+            beam_keys=kept.beam_keys[..., :window], beam_values=kept.beam_values[..., :window, :]
         )
         state = state._replace(streams=tuple(each._replace(kept=self._by_layer(near, each.kept)) for each in whole))
 
@@ -344,7 +343,7 @@ class Generator:
             return (jnp.sum(search.done) < enough) & room & (times < most)
 
         state, _ = jax.lax.while_loop(wanted, say, (state, 0))
-        put_back = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=3)
+        put_back = lambda old, new: jax.lax.dynamic_update_slice(old, new, [0] * old.ndim)
         back = lambda old, new: old._replace(
             beam_keys=put_back(old.beam_keys, new.beam_keys), beam_values=put_back(old.beam_values, new.beam_values)
         )

@@ -166,7 +166,7 @@ class Llama(nn.Module):
             None.
 
         Returns:
-          hidden states float[B, S, D], with parameters that are apart those alone that `mix.in_last_layer` asks for; and
+          hidden states float[B, S, D], with parameters that are apart only those that `mix.in_last_layer` asks for; and
           what `mix` keeps, layers in front or by layer.
         """
         tables = rope_tables(positions, self.config.head_width, self.config.rope_theta)

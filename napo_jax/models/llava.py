@@ -162,8 +162,8 @@ class Llava:
           lengths: int32[B].
 
         Returns:
-          float32[B, V], the logits of the first token to say; and (keys, values), float[L, B, G, P, K] each. With
-          parameters that are `layers_apart`, a list of them by layer.
+          float32[B, V], the logits of the first token to say; and (keys, values), float[L, B, G, K, P] and
+          float[L, B, G, P, K]. With parameters that are `layers_apart`, a list of them by layer.
         """
         if images is not None:
             check_images(images, ids.shape[:1], self.config)

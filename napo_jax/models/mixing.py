@@ -54,10 +54,10 @@ class Prompts:
     def __call__(self, q, k, v, kept):
         """Maps float[B, P or 1, H, K] and float[B, P, G, K] to (float[B, P or 1, H, K], (keys, values)).
 
-        Keys and values are float[B, G, P, K].
+        Keys are float[B, G, K, P] and values float[B, G, P, K].
         """
         del kept
-        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         if self.last_alone:
             return _of_one(q, keys, values, self.lengths), (keys, values)
         layout, no_answers = Layout(q.shape[1]), jnp.zeros((q.shape[0], 0), jnp.int32)
@@ -76,11 +76,11 @@ class Prompts:
 
 
 def _of_one(q, keys, values, lengths):
-    """Maps one query of each row, float[B, 1, H, K], over int32[B] of float[B, G, P, K] to float[B, 1, H, K]."""
+    """Maps one query of each row, float[B, 1, H, K], over int32[B] of P keys and values to float[B, 1, H, K]."""
     batch, _, _, width = q.shape
     grouped = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch, keys.shape[1], -1, width)
-    scores = jnp.einsum("bgrk,bgpk->bgrp", grouped, keys, preferred_element_type=jnp.float32)
-    there = jnp.arange(keys.shape[2])[None] < lengths[:, None]
+    scores = jnp.einsum("bgrk,bgkp->bgrp", grouped, keys, preferred_element_type=jnp.float32)
+    there = jnp.arange(keys.shape[3])[None] < lengths[:, None]
     weights = jax.nn.softmax(jnp.where(there[:, None, None], scores, -jnp.inf), axis=-1).astype(values.dtype)
     out = jnp.einsum("bgrp,bgpk->bgrk", weights, values, preferred_element_type=jnp.float32)
     return out.reshape(q.shape).astype(values.dtype)
@@ -89,20 +89,22 @@ def _of_one(q, keys, values, lengths):
 class Kept(NamedTuple):
     """Keys and values of S prompts and of what each of their N beams has said so far; layers in front.
 
-    Heads come before tokens, as products want them: the other way round, every step would turn all of it over.
+    They lie as products with few queries want them, or every step would turn all of it over: heads before tokens, and
+    the tokens of keys last.
     """
 
-    prompt_keys: jax.Array  # float[L, S, G, P, K]
-    prompt_values: jax.Array
-    beam_keys: jax.Array  # float[L, S, G, N, T, K], by the row that a beam had when it said the token
-    beam_values: jax.Array
+    prompt_keys: jax.Array  # float[L, S, G, K, P]
+    prompt_values: jax.Array  # float[L, S, G, P, K]
+    beam_keys: jax.Array  # float[L, S, G, K, N, T], by the row that a beam had when it said the token
+    beam_values: jax.Array  # float[L, S, G, N, T, K]
 
     def say(self, keys, values, said) -> "Kept":
         """Returns the same of one layer with the token behind said int32[S]: keys and values float[S, N, G, K]."""
         # Slot by slot, which tells the compiler that no device needs what another one writes.
-        into = jax.vmap(lambda kept, new, at: kept.at[:, :, at].set(new.swapaxes(0, 1), mode="drop"))
+        to_keys = jax.vmap(lambda old, new, at: old.at[..., at].set(new.transpose(1, 2, 0), mode="drop"))
+        to_values = jax.vmap(lambda old, new, at: old.at[:, :, at].set(new.swapaxes(0, 1), mode="drop"))
         return self._replace(
-            beam_keys=into(self.beam_keys, keys, said), beam_values=into(self.beam_values, values, said)
+            beam_keys=to_keys(self.beam_keys, keys, said), beam_values=to_values(self.beam_values, values, said)
         )
 
 
@@ -129,16 +131,16 @@ class NextToken:
             kept = after = kept.say(k, v, self.said)
         prompt_keys, prompt_values, beam_keys, beam_values = kept
         slots, beams, _, width = q.shape
-        rows, times = beam_keys.shape[2:4]
+        rows, times = beam_values.shape[2:4]
         grouped = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(slots, beams, k.shape[2], -1, width).swapaxes(1, 2)
         product = lambda spec, x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-        # Keys first: few queries against many keys, the other way round, take a CPU 2 to 10 times as long.
-        look = lambda keys: jnp.moveaxis(product("sgnrk,sgpk->sgpnr", grouped, keys), 2, -1)
-        over_prompt = look(prompt_keys)
-        there = jnp.arange(prompt_keys.shape[2])[None] < self.prompt_lengths[:, None]
+        over_prompt = product("sgnrk,sgkp->sgnrp", grouped, prompt_keys)
+        there = jnp.arange(prompt_keys.shape[3])[None] < self.prompt_lengths[:, None]
         over_prompt = jnp.where(there[:, None, None, None], over_prompt, -jnp.inf)
-        flat = lambda x: x.reshape(*x.shape[:2], rows * times, width)  # as one axis: products over two are slow
-        over_beams = look(flat(beam_keys))
+        # Rows and times as one axis: products over two are slow.
+        beam_keys = beam_keys.reshape(*beam_keys.shape[:3], rows * times)
+        beam_values = beam_values.reshape(*beam_values.shape[:2], rows * times, width)
+        over_beams = product("sgnrk,sgkp->sgnrp", grouped, beam_keys)
         own = self.row_of[:, :, None] == jnp.arange(rows)[None, None, :, None]
         own &= (jnp.arange(times)[None] < self.said[:, None])[:, None, None]
         own = own.reshape(slots, 1, beams, 1, rows * times)
@@ -146,10 +148,10 @@ class NextToken:
         over_itself = product("sgnrk,sngk->sgnr", grouped, k)[..., None]
         scores = [over_prompt, over_beams, over_itself]
         weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v.dtype)
-        cuts = [prompt_keys.shape[2], prompt_keys.shape[2] + rows * times]
+        cuts = [prompt_keys.shape[3], prompt_keys.shape[3] + rows * times]
         of_prompt, of_beams, of_itself = jnp.split(weights, cuts, axis=-1)
         out = product("sgnrp,sgpk->sgnrk", of_prompt, prompt_values)
-        out += product("sgnrp,sgpk->sgnrk", of_beams, flat(beam_values))
+        out += product("sgnrp,sgpk->sgnrk", of_beams, beam_values)
         out += of_itself.astype(jnp.float32) * v.swapaxes(1, 2)[:, :, :, None].astype(jnp.float32)
         return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype), after
 

@@ -120,7 +120,7 @@ class Network(nn.Module):
             return self.language(embeddings, positions, mix)[0]
 
     def prompts(self, images, ids, lengths):
-        """Returns the logits behind each prompt, float32[B, V], and its keys and values, float[L, B, G, P, K]."""
+        """Returns the logits behind each prompt, float32[B, V], and what is kept of it."""
         self._check_positions(ids.shape[1])
         if images is None:
             slots = (ids == IMAGE_SLOT)[..., None]
