@@ -70,7 +70,7 @@ def contrast(logits, without, debias: Debias) -> jax.Array:
       debias: `Debias`.
 
     Returns:
-      float32[..., V]; -inf for what is not plausible.
+      float32[..., V]; -inf for what is not plausible, also for a prompt without a picture, whose logits stay.
     """
     contrasted = (1 + debias.strength) * logits - debias.strength * sum(without) / len(without)
     least = jnp.max(logits, axis=-1, keepdims=True) + math.log(debias.plausible)

@@ -132,7 +132,7 @@ def _one_answer(search, logits, key, decoding, eos):
     if decoding.temperature:
         token = jax.random.categorical(key, _warp(logits[0], decoding)).astype(jnp.int32)
     else:
-        token = jnp.argmax(log_probs).astype(jnp.int32)
+        token = jnp.argmax(logits[0]).astype(jnp.int32)  # log-probs may round two of them to one number
     tokens = search.tokens.at[0, search.said].set(token)
     score, said = search.scores.at[0].add(log_probs[token]), search.said + 1
     done = (token == eos) | (said >= decoding.max_tokens)
@@ -157,8 +157,9 @@ def _beams(search, logits, key, decoding, eos):
     total = (log_probs + search.scores[:, None]).reshape(-1)
     # Twice as many as beams: so many go on even if every beam's best next token is its end.
     if decoding.temperature:  # the largest of sums with Gumbel noise are draws without replacement
-        _, places = jax.lax.top_k(total + jax.random.gumbel(key, total.shape), 2 * beams)
-        scores = total[places]
+        _, drawn = jax.lax.top_k(total + jax.random.gumbel(key, total.shape), 2 * beams)
+        scores, order = jax.lax.top_k(total[drawn], 2 * beams)  # best first, as if they had not been drawn
+        places = drawn[order]
     else:
         scores, places = jax.lax.top_k(total, 2 * beams)
     parents, next_tokens = places // vocabulary, (places % vocabulary).astype(jnp.int32)

@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 class _Stream(NamedTuple):
     """A prompt of each slot, with what was said behind it."""
 
-    kept: Kept
+    kept: Kept | list[Kept]  # layers in front, or by layer where they are apart
     lengths: jax.Array  # int32[S], of the prompts
 
 
@@ -89,8 +89,9 @@ class Generator:
           prompt_tokens: the most tokens of a prompt, its image tokens included.
           mesh: made by `sharding.make_mesh`, on which the parameters lie: slots are cut over its rows, and what is kept
             of prompts and answers over heads besides. None: one device.
-          apart: whether a layer's weights, and what is kept of it, are arrays of their own. None: on a CPU, which in a
-            loop over layers would copy them out of those of all at every token.
+          apart: whether a layer's weights, and what is kept of it, are arrays of their own. The decoder's layers are
+            there twice then. None: on a CPU, which in a loop over layers would copy them out of those of all at every
+            token.
         """
         text = model.config.text
         if prompt_tokens + decoding.max_tokens > text.max_positions:
@@ -105,7 +106,8 @@ class Generator:
         self.slots, self._prompt_tokens, self._mesh = slots, prompt_tokens, mesh
         self._in_row = max(1, slots // 4 // self._rows)  # prompts that are read at a time, by a row of devices
         self._others = len(without_picture(np.zeros(0, np.int32), decoding.debias))  # prompts that each is held against
-        self._apart = jax.default_backend() == "cpu" if apart is None else apart
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self._apart = platform == "cpu" if apart is None else apart
         self.use(params)
         places = self._places()
         self._empty = jax.jit(self._empty, out_shardings=places)  # compiled, so that no two of its arrays are one
@@ -114,7 +116,7 @@ class Generator:
 
     def use(self, params) -> None:
         """Takes other parameters, of the same shapes; not while answers are being said."""
-        self._params = jax.jit(layers_apart)(params) if self._apart else params
+        self._params = layers_apart(params) if self._apart else params
 
     @property
     def kept_bytes(self) -> int:
@@ -163,12 +165,13 @@ class Generator:
             )
         with self._on_mesh():
             state = self._take_in(self._empty(), [prompt], self._free_places({0}))
-            for said in range(self._decoding.max_tokens):
+        for said in range(self._decoding.max_tokens):
+            with self._on_mesh():  # and not around the yield: whoever listens has a mesh of their own, or none
                 state = self._go_on(self._params, state, self._window(said), 1, 1)
                 token = int(state.search.tokens[0, 0, said])
-                if token == self._eos:
-                    return
-                yield token
+            if token == self._eos:
+                return
+            yield token
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -255,6 +258,8 @@ class Generator:
         if places != wanted:
             has = {0: "no picture", 1: "a picture"}.get(_pictures(prompt), f"{_pictures(prompt)} pictures")
             raise ValueError(f"a prompt with {has} needs {wanted} places for its tokens, and has {places}")
+        if prompt.image is not None and not np.isfinite(prompt.image).all():
+            raise ValueError("a prompt's picture holds numbers that are not finite")
         if not 0 <= prompt.seed < 2**32:
             raise ValueError(f"the seed of a prompt must be from 0 to 2**32 - 1, got {prompt.seed}")
 
@@ -344,11 +349,8 @@ class Generator:
 
         state, _ = jax.lax.while_loop(wanted, say, (state, 0))
         put_back = lambda old, new: jax.lax.dynamic_update_slice(old, new, [0] * old.ndim)
-        back = lambda old, new: old._replace(
-            beam_keys=put_back(old.beam_keys, new.beam_keys), beam_values=put_back(old.beam_values, new.beam_values)
-        )
         streams = tuple(
-            new._replace(kept=self._by_layer(back, old.kept, new.kept))
+            new._replace(kept=jax.tree.map(put_back, old.kept, new.kept))
             for old, new in zip(whole, state.streams, strict=True)
         )
         return state._replace(streams=streams)

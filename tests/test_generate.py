@@ -16,6 +16,7 @@ from napo_jax.debias import Debias
 from napo_jax.decoding import Decoding, begin, choose
 from napo_jax.generate import Generator, Prompt
 from napo_jax.models import IMAGE_SLOT, Llava
+from napo_jax.models.llava import layers_apart
 from napo_jax.optim import flatten, unflatten
 from napo_jax.sharding import MeshConfig, make_mesh, shard_params
 
@@ -82,10 +83,11 @@ def by_torch(model, prompt, **options):
     return new[: new.index(EOS) + 1] if EOS in new else new
 
 
-def by_us(params, prompts, slots=4, mesh=None, config=CONFIG, **options):
+def by_us(params, prompts, slots=4, mesh=None, config=CONFIG, apart=None, **options):
     """Returns {key: tokens, with the end}."""
     decoding = Decoding(**{"max_tokens": MOST} | options)
-    apart = mesh is None  # a mesh stands for accelerators, which go through the layers in a loop
+    if apart is None:
+        apart = mesh is None  # a mesh stands for accelerators, which go through the layers in a loop
     generator = Generator(
         Llava(config), params, decoding, eos=EOS, slots=slots, prompt_tokens=64, mesh=mesh, apart=apart
     )
@@ -100,8 +102,9 @@ def by_us(params, prompts, slots=4, mesh=None, config=CONFIG, **options):
         ({"beams": 5}, {}),
         ({"beams": 3, "length_penalty": -1.0}, {}),
         ({"beams": 3, "early_stopping": True}, {}),
+        ({"beams": 3, "length_penalty": 2.0}, {}),
     ],
-    ids=["greedy", "3 beams", "5 beams", "short answers", "early stopping"],
+    ids=["greedy", "3 beams", "5 beams", "short answers", "early stopping", "long answers"],
 )
 def test_token_for_token_as_transformers(torch_model, params, prompts, ours, theirs):
     got = by_us(params, prompts, **ours)
@@ -111,6 +114,43 @@ def test_token_for_token_as_transformers(torch_model, params, prompts, ours, the
     lengths = {len(ids) for ids in want.values()}
     assert MOST in lengths, "none is cut off"
     assert len(lengths) > 3, "hardly any ends early"
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}], ids=["greedy", "drawn"])
+def test_a_loop_over_layers_says_the_same(params, prompts, options):
+    assert by_us(params, prompts, apart=False, **options) == by_us(params, prompts, **options)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)], ids=["32", "16"])
+def test_a_prompt_is_read_the_same_by_layer_and_in_a_loop(params, prompts, dtype, tolerance):
+    """By layer, the last token of a prompt is alone in the last one; the tolerance is of the largest logit."""
+    config = dataclasses.replace(CONFIG, dtype=dtype, param_dtype=dtype)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    ids, lengths = np.zeros((2, 64), np.int32), np.array([len(prompt.ids) for prompt in prompts[:2]])
+    for row, prompt in zip(ids, prompts, strict=False):
+        row[: len(prompt.ids)] = prompt.ids
+    images = jnp.stack([prompts[0].image, np.zeros_like(prompts[0].image)])
+    read = jax.jit(Llava(config).prompts)
+    loop, kept = read(params, images, ids, lengths)
+    by_layer, kept_by_layer = read(layers_apart(params), images, ids, lengths)
+    np.testing.assert_allclose(by_layer, loop, rtol=0, atol=tolerance * np.max(np.abs(loop)))
+    for layer, of_layer in enumerate(kept_by_layer):
+        for got, all_layers in zip(of_layer, kept, strict=True):
+            want = np.asarray(all_layers[layer], np.float32)
+            np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=0, atol=tolerance * np.max(np.abs(want)))
+    for too_long in (params, layers_apart(params)):  # said in silence, it would be of another token
+        assert np.isnan(read(too_long, images, ids, lengths + 64)[0]).all()
+
+
+def test_slots_are_filled_while_others_go_on(params, prompts):
+    """One long answer in two slots: those that wait behind it are answered in the other slot."""
+    lengths = {key: len(ids) for key, ids in by_us(params, prompts).items()}
+    turn = sorted(prompts, key=lambda prompt: -lengths[prompt.key])
+    longest, short = turn[0], [prompt for prompt in turn if lengths[prompt.key] * 3 < MOST]
+    assert lengths[longest.key] == MOST
+    assert len(short) >= 2
+    said = list(by_us(params, [longest, *short], slots=2))
+    assert said.index(longest.key) >= 2
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(1, 4, 2)], ids=["apart", "in a loop"])
@@ -183,7 +223,7 @@ def test_what_is_kept_is_written_in_place(params):
         assert not re.search(rf"= {shape}\S* copy\(", text)
 
 
-@pytest.mark.parametrize("options", [{}, {"beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("options", [{}, {"beams": 3}, {"beams": 3, "apart": False}], ids=["greedy", "beams", "loop"])
 def test_windows_over_what_was_said_change_nothing(params, prompts, monkeypatch, options):
     plain = by_us(params, prompts, **options)
     monkeypatch.setattr(generate, "_FIRST_WINDOW", 3)  # and then 6 and 12
@@ -198,6 +238,7 @@ def test_tokens_as_they_are_said(params, prompts):
         assert list(one.stream(prompt)) == [token for token in whole[prompt.key] if token != EOS]
     first = one.stream(prompts[0])
     next(first)
+    assert jax.sharding.get_abstract_mesh().empty
     first.close()  # whoever listens may stop; the next answer is none the worse for it
     assert list(one.stream(prompts[6])) == [token for token in whole[6] if token != EOS]
     with pytest.raises(ValueError, match="none is final before the end"):
@@ -238,6 +279,31 @@ def test_tokens_are_drawn_by_their_probabilities(options):
     assert chi < 40, (counts[keep], p * draws)  # eleven degrees of freedom: once in 20,000
 
 
+def test_of_two_tokens_that_are_nearly_as_likely_the_likelier_one_is_said():
+    """Their log-probs are one number in float32; their logits are not."""
+    logits = np.zeros((1, 1, 32_000), np.float32)
+    logits[..., 7], logits[..., 9] = 1.0, np.nextafter(np.float32(1), np.float32(2))
+    decoding = Decoding(max_tokens=2)
+    search = choose(begin(1, decoding)._replace(done=jnp.zeros(1, bool)), jnp.asarray(logits), decoding, EOS)
+    assert search.tokens[0, 0, 0] == 9
+    log_probs = jax.nn.log_softmax(logits[0, 0])
+    assert log_probs[7] == log_probs[9], "argmax of log-probs would say 9 too"
+
+
+def test_beams_that_are_drawn_end_by_their_scores():
+    """An end is final only among the best `beams` of what is drawn; the order of the drawing must not matter."""
+    end, draws = 0, 4000
+    p = np.array([0.05, 0.4, 0.3, 0.2, 0.05])
+    decoding = Decoding(beams=2, max_tokens=4, temperature=1.0)
+    search = begin(draws, decoding)._replace(done=jnp.zeros(draws, bool), seeds=jnp.arange(draws, dtype=jnp.uint32))
+    logits = jnp.broadcast_to(jnp.log(p).astype(jnp.float32), (draws, 2, 5))
+    search = jax.jit(lambda s: choose(s, logits, decoding, end))(search)
+    # Four of five tokens are drawn, and two of them are likelier than the end, whatever the fifth one is.
+    assert not search.is_finished.any()
+    first = np.bincount(np.asarray(search.tokens[:, 0, 0]), minlength=5)
+    assert first[1] > 0.8 * draws  # the best that was drawn comes first
+
+
 def test_a_prompt_that_is_too_long_is_refused(params):
     words = np.full(70, 3, np.int32)
     with pytest.raises(ValueError, match="a prompt has 70 tokens, and there is room for 1 to 64"):
@@ -251,6 +317,7 @@ def test_a_prompt_that_is_too_long_is_refused(params):
         (places, None, "with no picture needs 0 places"),
         (places[1:], picture, "with a picture needs"),
         (words[:3], picture, "with a picture needs"),
+        (places, picture * np.nan, "picture holds numbers that are not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             by_us(params, [Prompt(0, ids, image)])

@@ -170,6 +170,7 @@ class Work:
                     self._keep(line)
                     progress(len(self.lines) - before, line.tokens)
                     check()
+                del generator  # what it keeps goes before that of the next one comes
         finally:
             self._pieces.flush()
 

@@ -75,10 +75,10 @@ class Attention(nn.Module):
         """Maps float[B, S, D] to the same of those that ask, and returns what `mix` makes of what was kept."""
         config = self.config
 
-        def project(x, heads, name):
+        def project(tokens, heads, name):
             width = heads * config.head_width
-            y = Linear(width, self.lora, self.dtype, self.param_dtype, name=name)(x)
-            return y.reshape(*x.shape[:2], heads, config.head_width)
+            y = Linear(width, self.lora, self.dtype, self.param_dtype, name=name)(tokens)
+            return y.reshape(*tokens.shape[:2], heads, config.head_width)
 
         asking = mix.asking(x)
         q = rotate(project(asking, config.heads, "query"), [mix.asking(table) for table in tables])
@@ -178,6 +178,8 @@ class Llama(nn.Module):
     def _layers_apart(self, layers, x, tables, mix, kept):
         """Runs the layers with parameters, and what was kept, of a layer each; see `layers_apart`."""
         layer = DecoderLayer(self.config, self.lora, self.dtype, self.param_dtype, parent=None)
+        if kept is not None and not isinstance(kept, list):
+            raise ValueError("with parameters that are apart, what is kept must be a list of it by layer")
         mixes = [mix] * (len(layers) - 1) + [mix.in_last_layer]
         after = []
         for params, mix_of_layer, of_layer in zip(layers, mixes, kept or [None] * len(layers), strict=True):

@@ -28,11 +28,19 @@ class Groups(NamedTuple):
 
 
 def layers_apart(params):
-    """Returns the parameter tree with a tuple of trees, one for each layer of the decoder, in place of its layers."""
+    """Returns the parameter tree with a tuple of trees, one for each layer of the decoder, in place of its layers.
+
+    These are copies; all other leaves are those of the tree given.
+    """
     language = params["language"]
-    leaves, tree = jax.tree.flatten(language["layers"])
-    layers = tuple(tree.unflatten([leaf[layer] for leaf in leaves]) for layer in range(leaves[0].shape[0]))
-    return params | {"language": language | {"layers": layers}}
+    return params | {"language": language | {"layers": _apart(language["layers"])}}
+
+
+@jax.jit
+def _apart(layers):
+    """Cuts a tree of float[L, ...] into a tuple of L trees."""
+    leaves, tree = jax.tree.flatten(layers)
+    return tuple(tree.unflatten([leaf[layer] for leaf in leaves]) for layer in range(leaves[0].shape[0]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""How tokens see each other: those of a whole group at once, of a prompt that is kept, or the next token of beams.
-
-A mix also says which tokens ask, and so go on: all, or in the last layer those alone whose results somebody reads.
-"""
+"""How tokens see each other: those of a whole group at once, of a prompt that is kept, or the next token of beams."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,9 +11,25 @@ from napo_jax.models.layout import Layout
 from napo_jax.models.packing import TokenOrder
 
 
+class Mix:
+    """Who sees whom, and which tokens ask, and so go on.
+
+    All ask, unless a last layer that is computed apart leaves out those whose results nobody reads.
+    """
+
+    def asking(self, x):
+        """Returns what of float[B, S, ...] belongs to tokens that ask."""
+        return x
+
+    @property
+    def in_last_layer(self) -> "Mix":
+        """The mix of the last layer."""
+        return self
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class WholeGroups:
+class WholeGroups(Mix):
     """Every stream of a layout over what it may see; nothing is kept."""
 
     prefix_lengths: jax.Array  # int32[B, M]
@@ -32,19 +45,10 @@ class WholeGroups:
         out = attend(q, k, v, self.layout, self.prefix_lengths, self.answer_lengths, self.backend)
         return (out if self.order is None else self.order.pack(out)), kept
 
-    def asking(self, x):
-        """Returns what of float[B, S, ...] belongs to tokens that ask."""
-        return x
-
-    @property
-    def in_last_layer(self):
-        """The mix of the last layer."""
-        return self
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class Prompts(Mix):
     """A prompt over itself, causally; its keys and values are kept."""
 
     lengths: jax.Array  # int32[B]
@@ -59,7 +63,7 @@ class Prompts:
         del kept
         keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         if self.last_alone:
-            return _of_one(q, keys, values, self.lengths), (keys, values)
+            return _attend_last(q, keys, values, self.lengths), (keys, values)
         layout, no_answers = Layout(q.shape[1]), jnp.zeros((q.shape[0], 0), jnp.int32)
         return attend(q, k, v, layout, self.lengths[:, None], no_answers, self.backend), (keys, values)
 
@@ -75,7 +79,7 @@ class Prompts:
         return dataclasses.replace(self, last_alone=True)
 
 
-def _of_one(q, keys, values, lengths):
+def _attend_last(q, keys, values, lengths):
     """Maps one query of each row, float[B, 1, H, K], over int32[B] of P keys and values to float[B, 1, H, K]."""
     batch, _, _, width = q.shape
     grouped = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch, keys.shape[1], -1, width)
@@ -89,8 +93,8 @@ def _of_one(q, keys, values, lengths):
 class Kept(NamedTuple):
     """Keys and values of S prompts and of what each of their N beams has said so far; layers in front.
 
-    They lie as products with few queries want them, or every step would turn all of it over: heads before tokens, and
-    the tokens of keys last.
+    They lie as a CPU's products with few queries want them, or every step would turn all of it over: heads before
+    tokens, and the tokens of keys last. What accelerators would rather have has not been measured.
     """
 
     prompt_keys: jax.Array  # float[L, S, G, K, P]
@@ -110,7 +114,7 @@ class Kept(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NextToken:
+class NextToken(Mix):
     """The next token of every beam, over its prompt, over what the beam has said, and over itself.
 
     The prompt's keys are read once for all its beams. What beams have said stays where it was written when beams are
@@ -154,12 +158,3 @@ class NextToken:
         out += product("sgnrp,sgpk->sgnrk", of_beams, beam_values)
         out += of_itself.astype(jnp.float32) * v.swapaxes(1, 2)[:, :, :, None].astype(jnp.float32)
         return out.swapaxes(1, 2).reshape(q.shape).astype(v.dtype), after
-
-    def asking(self, x):
-        """Returns what of float[S, N, ...] belongs to tokens that ask."""
-        return x
-
-    @property
-    def in_last_layer(self):
-        """The mix of the last layer."""
-        return self

@@ -130,12 +130,13 @@ class Network(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         with jax.named_scope("language"):
             hidden, kept = self.language(embeddings, positions, Prompts(lengths, self.config.attention))
-        last = jnp.minimum(lengths, hidden.shape[1]) - 1  # there may be that of the last token alone
+        alone = hidden.shape[1] == 1  # where there is that of the last token and no other
+        last = jnp.zeros_like(lengths) if alone else lengths - 1
         last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self.language.logits(last), kept
 
     def next_token(self, ids, mix, kept):
-        """Returns the logits behind a token of each beam, float32[S, N, V], and its keys and values."""
+        """Returns the logits behind a token of each beam, float32[S, N, V], and what `mix` keeps."""
         positions = jnp.broadcast_to((mix.prompt_lengths + mix.said)[:, None], ids.shape)
         hidden, kept = self.language(self.language.embed(ids), positions, mix, kept)
         return self.language.logits(hidden), kept
