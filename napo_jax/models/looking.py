@@ -9,11 +9,12 @@ import numpy as np
 from napo_jax.models.attention import attend
 from napo_jax.models.layout import Layout
 from napo_jax.models.llava import check_groups
+from napo_jax.models.mixing import Mix
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Looking:
+class Looking(Mix):
     """Every stream of a layout over what it may see; what is kept is where answers look."""
 
     prefix_lengths: jax.Array  # int32[B, M]
