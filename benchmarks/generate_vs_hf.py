@@ -1,6 +1,6 @@
 """Generation, this code beside `transformers`: greedy and beam 3 on the same weights and prompts, in one run.
 
-    python benchmarks/generate_vs_hf.py [--prompts 16] [--tokens 64] [--repeats 5]
+    python benchmarks/generate_vs_hf.py [--prompts 16] [--tokens 64] [--repeats 5] [--beams 1 3]
 
 The LLaVA of about 60M parameters of `step_vs_torch.py`, 576 image tokens, 32 question tokens, float32 on the CPU. The
 end of an answer is never said, so that both sides do the same work. Tokens are compared before anything counts: in that
